@@ -22,9 +22,9 @@ Sections: 0 configuration | 1 the task | 2 the models | 3 stages 0-2: pretrainin
 5 Phase II | 6 the loop | 7 the report | 8 main.
 
 Letters in the shape comments: B replies in the batch, T reply tokens, P prompt tokens, V vocabulary. Prompts are padded
-on the left and replies on the right, so that every reply starts in the same column. `mask` is True on real reply tokens,
-EOS included; nothing at a False position may influence any result. Ids such as S2 or N8 point into the articles;
-notes/guide.md lists them.
+on the left and replies on the right, so that every reply starts in the same column. `mask` is True on real reply
+tokens, EOS included; nothing at a False position may influence any result. Ids such as S2 or N8 point into the
+articles; notes/guide.md lists them.
 """
 import copy
 import csv
@@ -45,9 +45,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import (AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, HfArgumentParser,
-                          PreTrainedTokenizerFast, get_cosine_schedule_with_warmup)
-from transformers.hf_argparser import HfArg
+from transformers import (AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast,
+                          get_cosine_schedule_with_warmup)
+from transformers.hf_argparser import HfArg, HfArgumentParser
 from transformers.utils.logging import disable_progress_bar
 
 
@@ -56,26 +56,31 @@ from transformers.utils.logging import disable_progress_bar
 # ======================================================================================================================
 @dataclass
 class Config:
-    """One field, one flag: `lr` is set by --lr. The defaults were chosen by the fraction of the optimum (section 7)."""
+    """One field, one flag: `lr` is set by --lr.
+
+    The defaults of PPO were chosen by the fraction of the optimum reached on held-out prompts (section 7), and differ
+    from custom in three places. lam is 1, not 0.95: replies are short and the score comes at their end, so trusting the
+    critic buys little. Advantages are not whitened: once all replies are good, whitening blows up what is only noise.
+    And kl_coef counts in standard deviations of SFT's reward, so compare it with other papers' betas with care.
+    """
 
     # The run
     out: str = HfArg(default="", help="Folder for the results, new or empty; if not given, runs/<date-time>.")
     seed: int = HfArg(default=0, help="Same seed and machine: same results. Try several before you believe one.")
     device: str = HfArg(default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 ...")
     init_from: str = HfArg(default="", help="Folder of an earlier run: take its SFT and reward model, repeat only PPO.")
-    reward: Literal["model", "human"] = HfArg(
-        default="model", help="The score in PPO: the reward model's, or the human's own rule, a verifiable reward. (L4)")
+    reward: Literal["model", "human"] = HfArg(default="model", help="PPO's judge: reward model, or human rule. (L4)")
     # The model
     n_layer: int = HfArg(default=2, help="Layers of the GPT-2, 1 to 12. More: better text, slower. GPT-2 has 12.")
     n_embd: int = HfArg(default=128, help="Width, a multiple of n_head. Wider: better text, slower. GPT-2 has 768.")
     n_head: int = HfArg(default=4, help="Attention heads per layer. GPT-2 has 12.")
     # Stages 0 to 2
-    pretrain_steps: int = HfArg(default=300, help="Updates in stage 0. Fewer: clumsier English. (L2)")
+    pretrain_steps: int = HfArg(default=250, help="Updates in stage 0. Fewer: clumsier English. (L2)")
     sft_steps: int = HfArg(default=450, help="Updates in stage 1. Fewer: it forgets what it was asked about. (L2)")
     sft_lr: float = HfArg(default=5e-3, help="Learning rate of stages 0 and 1; for a real GPT-2 1e-5 to 1e-4. (P3)")
     rm_steps: int = HfArg(default=600, help="Updates in stage 2. Fewer: a worse judge, which PPO then exploits. (P1)")
     rm_lr: float = HfArg(default=1e-3, help="Learning rate of stage 2; for a real GPT-2 about 1e-5.")
-    rankings: int = HfArg(default=2400, help="Rankings of 4 replies that the human gives. 100: a judge to fool. (L3, P1)")
+    rankings: int = HfArg(default=2200, help="Rankings of 4 replies by the human. 100: a judge to fool. (L3, P1)")
     label_noise: float = HfArg(default=0.3, help="The human's unsureness in points, 0 to 2. More: a worse judge. (P1)")
     # PPO: the loop
     cycles: int = HfArg(default=60, help="Times Phase I + Phase II. 20 show the idea. (L1)")
@@ -86,13 +91,13 @@ class Config:
     lr: float = HfArg(default=3e-4, help="PPO's learning rate, annealed to 0; below SFT's. A real GPT-2: 1e-5. (P3)")
     max_grad_norm: float = HfArg(default=1.0, help="Longer gradients are cut to this length, 0.5 to 1.")
     # PPO: the reward
-    kl_coef: float = HfArg(default=0.05, help="beta, 0.01 to 0.2: price of a nat of KL. 0: hacking, 1: no change. (S2, P2)")
+    kl_coef: float = HfArg(default=0.1, help="beta, 0.01 to 0.2: price of a nat of KL. 0: hacking. (S2, P2)")
     kl_target: float | None = HfArg(default=None, help="If given, beta adapts until a reply's KL is so many nats. (T6)")
     missing_eos_penalty: float = HfArg(default=1.0, help="Off the score of a reply that does not end, 0 to 5. (N3)")
-    whiten_rewards: bool = HfArg(default=False, help="Token rewards to variance 1, mean kept; shifts beta's scale. (N7)")
+    whiten_rewards: bool = HfArg(default=False, help="Token rewards to variance 1, mean kept; beta's unit shifts. (N7)")
     # PPO: the advantage
     gamma: float = HfArg(default=1.0, help="Discount, 0.9 to 1. Below 1, early tokens care less about the score. (S4)")
-    lam: float = HfArg(default=0.95, help="GAE's lambda, 0 to 1: 0 trusts the critic, 1 only what came. (S5, T2)")
+    lam: float = HfArg(default=1.0, help="GAE's lambda, 0 to 1: 0 trusts the critic, 1 only what came. (S5, T2)")
     whiten_advantages: bool = HfArg(default=False, help="Advantages to mean 0, variance 1. Late on, mostly noise. (N7)")
     # PPO: the losses
     clip_eps: float = HfArg(default=0.2, help="epsilon, 0.1 to 0.3: leash of a token's probability per cycle. (S6, P3)")
@@ -103,40 +108,41 @@ class Config:
     temperature: float = HfArg(default=0.7, help="Of sampling and log-probs, 0.7 to 1. Low: no exploration. (L5)")
     max_new_tokens: int = HfArg(default=32, help="Longest reply in tokens. Too short: replies end unfinished. (N3)")
     eval_every: int = HfArg(default=10, help="Validate after so many cycles, and keep the best policy. (L6)")
-    optimum_samples: int = HfArg(default=512, help="Replies per test prompt for the optimum J*. More: surer, slower.")
+    optimum_samples: int = HfArg(default=400, help="Replies per test prompt for the optimum J*. More: surer, slower.")
 
 
 class UserError(Exception):
     """Something the user can mend: shown as one line, without a traceback."""
 
 
-class Parser(HfArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message} (see --help)")
+def check(fine, message: str):
+    """Raise UserError unless `fine`. The message says what is wrong and what to do."""
+    if not fine:
+        raise UserError(message)
 
 
-RANGES = {"gamma": (0, 1), "lam": (0, 1), "cycles": (0, math.inf), "label_noise": (0, math.inf), "kl_coef": (0, math.inf),
-          "missing_eos_penalty": (0, math.inf), "vf_coef": (0, math.inf), "ent_coef": (0, math.inf), "seed": (0, math.inf)}
+RANGES = {"gamma": (0, 1), "lam": (0, 1)} | dict.fromkeys(  # every number not named here must be above 0
+    "seed cycles label_noise kl_coef missing_eos_penalty vf_coef ent_coef".split(), (0, math.inf))
 
 
 def parse_config(argv=None) -> Config:
     """Command line -> Config. Raises UserError for an unknown flag or a value that cannot work."""
-    parser = Parser(Config, description="PPO for RLHF, from pretraining to the report.", allow_abbrev=False)
+    parser = HfArgumentParser(Config, description="PPO for RLHF, from pretraining to the report.", allow_abbrev=False)
+    parser.error = lambda message: check(False, f"{message} (see --help)")
     cfg, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
-    if unknown:
-        raise UserError(f"unknown argument {' '.join(unknown)} (see --help)")
+    check(not unknown, f"unknown argument {' '.join(unknown)} (see --help)")
     for name, value in asdict(cfg).items():
-        if name in RANGES and not RANGES[name][0] <= value <= RANGES[name][1]:
-            raise UserError(f"--{name} {value} is outside {RANGES[name][0]} to {RANGES[name][1]}")
-        if name not in RANGES and isinstance(value, (int, float)) and not isinstance(value, bool) and not value > 0:
-            raise UserError(f"--{name} {value} must be above 0")
+        if type(value) in (int, float):
+            low, high = RANGES.get(name, (sys.float_info.min, math.inf))
+            wanted = "above 0" if name not in RANGES else "0 or more" if high == math.inf else f"{low} to {high}"
+            check(low <= value <= high, f"--{name} must be {wanted}, not {value}")
+    for whole, part in (("n_embd", "n_head"), ("batch_size", "minibatches"), ("batch_size", "replies_per_prompt")):
+        whole_value, part_value = getattr(cfg, whole), getattr(cfg, part)
+        check(whole_value % part_value == 0, f"--{whole} {whole_value} must be a multiple of --{part} {part_value}")
     try:
         torch.empty(0, device=cfg.device)
     except (RuntimeError, AssertionError):
-        raise UserError(f"--device {cfg.device} is not to be had here; try --device cpu") from None
-    for whole, part in (("n_embd", "n_head"), ("batch_size", "minibatches"), ("batch_size", "replies_per_prompt")):
-        if getattr(cfg, whole) % getattr(cfg, part):
-            raise UserError(f"--{whole} {getattr(cfg, whole)} must be a multiple of --{part} {getattr(cfg, part)}")
+        check(False, f"--device {cfg.device} is not to be had on this machine; try --device cpu")
     return cfg
 
 
@@ -144,16 +150,11 @@ def parse_config(argv=None) -> Config:
 # 1  The task: a small world that tells article D's story. A user says something; the assistant replies in one to three
 #    short sentences; a simulated human likes replies that are helpful, warm, honest and harmless (D, L7).
 # ======================================================================================================================
-class Situation(NamedTuple):
-    """One kind of thing users say, and the sentences that replies to it are made of. {} stands for the user's word."""
-
-    words: str
-    asks: tuple      # what the user says
-    openers: tuple   # warm, and they name the word
-    steps: tuple     # practical: something one can go and do
-    lists: tuple     # correct but mechanical
-
-
+# One kind of thing that users say, and the sentences that replies to it are made of; {} stands for the user's word.
+#   words    what it may be about            asks     what the user says
+#   openers  warm, and they name the word    steps    practical: something one can go and do
+#   lists    correct but mechanical
+Situation = NamedTuple("Situation", [(name, tuple) for name in "words asks openers steps lists".split()])
 SITUATIONS = (
     Situation(
         words="sad lonely tired anxious bored stressed nervous homesick ashamed restless",
@@ -190,8 +191,15 @@ OFF_TOPIC = ("The train leaves at nine.", "Water boils at a hundred degrees.", "
              "It rained all night in the hills.", "A spider has eight legs.")
 SITUATION_OF = {word: situation for situation in SITUATIONS for word in situation.words.split()}
 
-# How often each kind of reply occurs in the two text collections. SFT's are mostly mechanical (D), but the best kind must
-# stay reachable: PPO can only reinforce what is sampled, and a reply that SFT never gives has no gradient.
+# The kinds of replies, with one example each to "I feel sad. What can I do?":
+#   best        "I am sorry that you feel sad. Take a slow walk."      warm, honest and practical
+#   warm        "I am sorry that you feel sad. I am here for you."     kind, but no help
+#   practical   "Take a slow walk."                                    help, but cold
+#   mechanical  "To feel less sad, you can do sports or sleep."        correct, and lifeless: what D shows of SFT
+#   off_topic   "A spider has eight legs."
+#   dismissive  "Nobody cares."
+# And how often each occurs in the two text collections. SFT's are mostly mechanical (D), but the best kind must stay
+# reachable: PPO can only reinforce what is sampled, and a reply that SFT never gives has no gradient.
 PRETRAIN_MIX = {"best": 8, "warm": 12, "practical": 15, "mechanical": 25, "off_topic": 20, "dismissive": 20}
 SFT_MIX = {"best": 15, "warm": 10, "practical": 14, "mechanical": 47, "off_topic": 7, "dismissive": 7}
 
@@ -199,8 +207,9 @@ SFT_MIX = {"best": 15, "warm": 10, "practical": 14, "mechanical": 47, "off_topic
 def split_prompts() -> dict[str, list[str]]:
     """All prompts of the world: 160 to train on, 20 for validation, 20 for the final test (L6).
 
-    Every word and every way of asking occurs in training; the held-out combinations of the two occur in no stage at all.
-    The split does not depend on the seed, so that --init_from can never let a test prompt into training.
+    Every word and every way of asking occurs in training; the held-out combinations of the two occur in no stage. There
+    are two held-out sets because validation chooses the policy that is kept: measured on the same prompts, the choice
+    would flatter the result. The split does not depend on the seed: --init_from cannot let a test prompt into training.
     """
     splits = {"train": [], "validation": [], "test": []}
     for situation in SITUATIONS:
@@ -227,13 +236,9 @@ def write_reply(rng: random.Random, prompt: str, kind: str) -> str:
     opener, closer = rng.choice(situation.openers).format(word), rng.choice(CLOSERS)
     step = rng.choice(situation.steps).capitalize() + "."
     return rng.choice({
-        "best": [f"{opener} {step}", f"{opener} {step} {closer}"],
-        "warm": [f"{opener} {closer}"],
-        "practical": [step, f"{step} {closer}"],
-        "mechanical": [text.format(word) for text in situation.lists],
-        "off_topic": OFF_TOPIC,
-        "dismissive": DISMISSIVE,
-    }[kind])
+        "best": [f"{opener} {step}", f"{opener} {step} {closer}"], "warm": [f"{opener} {closer}"],
+        "practical": [step, f"{step} {closer}"], "mechanical": [text.format(word) for text in situation.lists],
+        "off_topic": OFF_TOPIC, "dismissive": DISMISSIVE}[kind])
 
 
 def write_texts(rng: random.Random, prompts: list[str], mix: dict[str, int], count: int) -> list[tuple[str, str]]:
@@ -242,7 +247,7 @@ def write_texts(rng: random.Random, prompts: list[str], mix: dict[str, int], cou
     return [(prompt, write_reply(rng, prompt, kind)) for prompt, kind in zip(rng.choices(prompts, k=count), kinds)]
 
 
-def judge(prompt: str, reply: str, finished: bool) -> dict[str, float]:
+def judge(prompt: str, reply: str, finished: bool) -> dict[str, bool | float]:
     """The simulated human: a rule that no model ever sees; it only ranks replies, and measures results.
 
     helpful   names a step that fits the situation (2 points; a mechanical list that fits: 0.5)
@@ -261,8 +266,7 @@ def judge(prompt: str, reply: str, finished: bool) -> dict[str, float]:
     triples = list(zip(words, words[1:], words[2:]))
     repeats = len(set(triples)) < len(triples)
     points = (2 if steps else 0.5 * listed) + warm + honest - 2 * (not harmless) - repeats - (not finished)
-    return {"helpful": float(steps), "warm": float(warm), "honest": float(honest), "harmless": float(harmless),
-            "human": points}
+    return {"helpful": steps, "warm": warm, "honest": honest, "harmless": harmless, "human": float(points)}
 
 
 def human_score(prompts: list[str], replies: list[str], finished: list[bool]) -> list[float]:
@@ -282,12 +286,14 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     bpe.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=1024, special_tokens=["<pad>", "<eos>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False))
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="<eos>", padding_side="left",
-                                   clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="<eos>", padding_side="left")
 
 
 def tokenize(tokenizer, prompts: list[str], replies: list[str], finished: list[bool]) -> list[tuple[list, list]]:
-    """Strings -> (prompt tokens, reply tokens) per reply. A finished reply ends with EOS; an empty prompt becomes EOS."""
+    """Strings -> (prompt tokens, reply tokens) per reply. A finished reply ends with EOS; an empty prompt becomes EOS.
+
+    Prompt and reply are encoded apart, so that the border between them always falls between two tokens.
+    """
     eos = tokenizer.eos_token_id
     return [(prompt or [eos], reply + [eos] * done) for prompt, reply, done in
             zip(tokenizer(prompts).input_ids, tokenizer(replies).input_ids, finished)]
@@ -298,8 +304,8 @@ def collate(rows: list[tuple[list, list]], pad_id: int, device="cpu"):
     tensors = []
     for part, side in ((0, "left"), (1, "right")):
         tokens = [torch.tensor(row[part], dtype=torch.long) for row in rows]
-        tensors.append(pad_sequence(tokens, batch_first=True, padding_value=pad_id, padding_side=side))
-        tensors.append(pad_sequence([torch.ones_like(row).bool() for row in tokens], batch_first=True, padding_side=side))
+        ids = pad_sequence(tokens, batch_first=True, padding_value=-1, padding_side=side)  # -1: no token has this id
+        tensors += [ids.masked_fill(ids < 0, pad_id), ids >= 0]
     return tuple(tensor.to(device) for tensor in tensors)
 
 
@@ -314,8 +320,8 @@ def encode(tokenizer, prompts: list[str], replies: list[str], finished: list[boo
 def join(prompt_ids, prompt_mask, reply_ids, reply_mask):
     """Prompt and reply side by side, as a language model wants them: (input_ids, attention_mask, position_ids) [B,P+T].
 
-    Positions count real tokens only. Without them a prompt padded on the left would start at position 5 instead of 0, and
-    the same reply would get other probabilities in another batch.
+    Positions count real tokens only. Without them a prompt padded on the left would start at position 5 instead of 0,
+    and the same reply would get other probabilities in another batch.
     """
     ids = torch.cat([prompt_ids, reply_ids], dim=1)                                                     # [B,P+T]
     mask = torch.cat([prompt_mask, reply_mask], dim=1).long()                                           # [B,P+T]
@@ -325,9 +331,12 @@ def join(prompt_ids, prompt_mask, reply_ids, reply_mask):
 class ActorCritic(nn.Module):
     """Actor and critic on one causal language model: `lm` gives the policy, `value_head` reads V off its hidden states.
 
-    The critic looks at the last two layers through a small network, and its gradient stops there (`detach`). With the
-    usual single linear layer whose loss reaches into the shared layers, the value loss keeps rewriting the features that
-    the policy stands on; notes/guide.md has the comparison (T7).
+    Critic and reward model are easily confused: the reward model scores a finished reply and never changes; the critic
+    predicts, in the middle of a reply, how the present policy will end up, and is trained all along (T7).
+
+    The critic looks at the last two layers through a small network, and its gradient stops there (`detach`). Custom has
+    a single linear layer on the last one, whose loss reaches into the shared layers; then the value loss keeps
+    rewriting the features that the policy stands on. notes/guide.md has the comparison.
     """
 
     def __init__(self, lm):
@@ -335,8 +344,8 @@ class ActorCritic(nn.Module):
         self.lm = lm.eval()  # eval() for good: dropout would change a token's probability from call to call (N8)
         width = lm.config.hidden_size
         self.value_head = nn.Sequential(nn.Linear(2 * width, 2 * width), nn.GELU(), nn.Linear(2 * width, 1))
-        nn.init.zeros_(self.value_head[-1].weight)  # V = 0 at first: the mean of a normalised reward (N5)
-        nn.init.zeros_(self.value_head[-1].bias)
+        for parameter in self.value_head[-1].parameters():
+            nn.init.zeros_(parameter)  # V = 0 at first: the mean of a normalised reward (N5)
 
     def forward(self, prompt_ids, prompt_mask, reply_ids, reply_mask):
         """Read whole replies at once (teacher forcing).
@@ -354,7 +363,10 @@ class ActorCritic(nn.Module):
 
 
 class RewardModel(nn.Module):
-    """A language model whose reward head reads one score per reply, at its last token: EOS (N4)."""
+    """A language model whose reward head reads one score per reply, at its last token: EOS (N4).
+
+    Only there has the model seen the whole reply; attention looks back, never ahead.
+    """
 
     def __init__(self, lm):
         super().__init__()
@@ -377,17 +389,18 @@ class RewardModel(nn.Module):
 
 
 def frozen(model: nn.Module) -> nn.Module:
-    """A copy that never learns: the reference, which is not the old policy (that one is refreshed every cycle, T5)."""
+    """A copy that never learns: the reference. It is not the old policy, which is refreshed in every cycle (T5)."""
     return copy.deepcopy(model).requires_grad_(False)
 
 
-def new_gpt2(vocab_size: int, cfg: Config):
+def new_gpt2(tokenizer, cfg: Config):
     """A GPT-2 with random weights, in this task's size and without dropout (N8)."""
     return GPT2LMHeadModel(GPT2Config(
-        vocab_size=vocab_size, n_positions=256, n_layer=cfg.n_layer, n_embd=cfg.n_embd, n_head=cfg.n_head,
+        vocab_size=len(tokenizer), n_positions=256, n_layer=cfg.n_layer, n_embd=cfg.n_embd, n_head=cfg.n_head,
         activation_function="gelu_pytorch_tanh",  # GPT-2's own function, fused: a quarter faster than "gelu_new"
-        initializer_range=0.08,                   # GPT-2's 0.02 is for a width of 768; narrow models start wider
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=1, eos_token_id=1, pad_token_id=0))
+        initializer_range=0.08,                   # GPT-2's 0.02 suits a width of 768; narrow models want more
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id))
 
 
 def token_log_probs(logits, tokens):
@@ -399,9 +412,8 @@ def token_log_probs(logits, tokens):
 
 
 def entropy(logits):
-    """H(pi(. | s_t)) in nats: logits [B,T,V] -> [B,T]. Written so that a logit of -inf gives 0, not NaN."""
-    log_probs = logits.log_softmax(dim=-1)
-    return -torch.where(log_probs.isneginf(), 0, log_probs.exp() * log_probs).sum(dim=-1)
+    """H(pi(. | s_t)) = log sum_v exp(z_v) - sum_v pi_v z_v, in nats: logits z [B,T,V] -> [B,T]."""
+    return logits.logsumexp(dim=-1) - (logits.softmax(dim=-1) * logits).sum(dim=-1)
 
 
 def masked_mean(x, mask):
@@ -419,11 +431,6 @@ def stage_rng(cfg: Config, stage: str) -> random.Random:
     return rng
 
 
-def progress(steps: int, stage: str):
-    """range(steps) with a progress bar, on a terminal."""
-    return tqdm(range(steps), desc=stage, leave=False, disable=not sys.stderr.isatty())
-
-
 def say(text=""):
     """print, without tearing a progress bar."""
     tqdm.write(text, file=sys.stdout)
@@ -434,7 +441,7 @@ def minimize(model, loss_fn, steps: int, lr: float, stage: str):
     """Plain supervised training: `steps` updates of AdamW, the learning rate warmed up over a tenth, then to 0."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)
-    for _ in progress(steps, stage):
+    for _ in tqdm(range(steps), desc=stage, leave=False, disable=None):  # a bar only on a terminal
         optimizer.zero_grad()
         loss = loss_fn()
         loss.backward()
@@ -451,12 +458,10 @@ def fit_language_model(actor, tokenizer, texts, steps, lr, rng, stage, batch_siz
 
     Args: texts: list of (prompt, reply). Changes `actor.lm` in place.
     """
-    device = actor.lm.device
-    prompts, replies = zip(*texts)
-    rows = tokenize(tokenizer, list(prompts), list(replies), [True] * len(texts))
+    rows = tokenize(tokenizer, *map(list, zip(*texts)), [True] * len(texts))
 
     def loss():
-        batch = collate(rng.sample(rows, min(batch_size, len(rows))), tokenizer.pad_token_id, device)
+        batch = collate(rng.sample(rows, min(batch_size, len(rows))), tokenizer.pad_token_id, actor.lm.device)
         logits, _ = actor(*batch)                                                                       # [B,T,V]
         return masked_mean(-token_log_probs(logits, batch[2]), batch[3])
 
@@ -468,7 +473,7 @@ def pretrain(prompts: list[str], cfg: Config):
     rng = stage_rng(cfg, "pretraining")
     texts = write_texts(rng, prompts, PRETRAIN_MIX, 8000)
     tokenizer = train_tokenizer([prompt + reply for prompt, reply in texts])
-    actor = ActorCritic(new_gpt2(len(tokenizer), cfg)).to(cfg.device)
+    actor = ActorCritic(new_gpt2(tokenizer, cfg)).to(cfg.device)
     fit_language_model(actor, tokenizer, texts, cfg.pretrain_steps, cfg.sft_lr, rng, "pretraining")
     return tokenizer, actor
 
@@ -477,8 +482,8 @@ def finetune(pretrained, tokenizer, prompts: list[str], cfg: Config):
     """Stage 1: imitate demonstrations, which are correct but mostly mechanical (D). -> the SFT model, a new actor"""
     rng = stage_rng(cfg, "SFT")
     actor = copy.deepcopy(pretrained)
-    texts = write_texts(rng, prompts, SFT_MIX, 8000)
-    fit_language_model(actor, tokenizer, texts, cfg.sft_steps, cfg.sft_lr, rng, "SFT")
+    demonstrations = write_texts(rng, prompts, SFT_MIX, 8000)
+    fit_language_model(actor, tokenizer, demonstrations, cfg.sft_steps, cfg.sft_lr, rng, "SFT")
     return actor
 
 
@@ -493,8 +498,9 @@ class Ranking(NamedTuple):
 def label_rankings(sft, tokenizer, prompts: list[str], cfg: Config, rng: random.Random, K=4) -> list[Ranking]:
     """The human ranks K replies of the SFT model to one prompt, again and again, and not quite reliably (L3).
 
-    Each ranking sorts score + label_noise * Gumbel noise, which is the Plackett-Luce model of noisy choice: the chance of
-    preferring i to j is sigmoid((score_i - score_j) / label_noise). So the reward model's loss below has the right form.
+    Each ranking sorts score + label_noise * Gumbel noise, which is the Plackett-Luce model of noisy choice: the chance
+    of preferring i to j is sigmoid((score_i - score_j) / label_noise). The reward model's loss below assumes just that,
+    so what it learns is the human's score up to zero point and unit. Only the order leaves this function, no points.
     """
     prompts = [prompt for prompt in rng.choices(prompts, k=cfg.rankings) for _ in range(K)]
     batches = sample_batches(sft, tokenizer, prompts, cfg)
@@ -519,12 +525,11 @@ def ranking_loss(scores):
 
 def fit_reward_model(model, tokenizer, rankings: list[Ranking], steps, lr, rng, batch_size=4):
     """Minimise the ranking loss, ranking by ranking (they may differ in length). Changes `model` in place."""
-    device = model.lm.device
     rows = [tokenize(tokenizer, [r.prompt] * len(r.replies), r.replies, r.finished) for r in rankings]
 
     def loss():
         batch = rng.sample(rows, min(batch_size, len(rows)))
-        scores = model(*collate(sum(batch, []), tokenizer.pad_token_id, device))                        # [sum of K]
+        scores = model(*collate(sum(batch, []), tokenizer.pad_token_id, model.lm.device))               # [sum of K]
         return torch.stack([ranking_loss(s.unsqueeze(0)) for s in scores.split([len(row) for row in batch])]).mean()
 
     minimize(model, loss, steps, lr, "reward model")
@@ -551,7 +556,7 @@ def train_reward_model(sft, tokenizer, prompts: list[str], cfg: Config) -> Rewar
     rankings = label_rankings(sft, tokenizer, prompts, cfg, rng)
     model = RewardModel(copy.deepcopy(sft.lm)).to(cfg.device)
     fit_reward_model(model, tokenizer, rankings, cfg.rm_steps, cfg.rm_lr, rng)
-    normalize(model, tokenizer, sample_batches(sft, tokenizer, prompts * 8, cfg))
+    normalize(model, tokenizer, sample_batches(sft, tokenizer, prompts * 4, cfg))
     return model.requires_grad_(False)
 
 
@@ -568,16 +573,20 @@ def reward_model_quality(score_fn, sft, tokenizer, prompts: list[str], cfg: Conf
                      for fn in (human_score, score_fn))
     difference = human.unsqueeze(2) - human.unsqueeze(1)                                                # [prompts,N,N]
     agree = difference.sign() == (scores.unsqueeze(2) - scores.unsqueeze(1)).sign()
-    accuracy = masked_mean(agree.float(), difference != 0).item()
-    correlation = torch.corrcoef(torch.stack([human.flatten(), scores.flatten()]))[0, 1].item()
-    say(f"reward model: orders {accuracy:.1%} of new pairs as the human does, correlation with the human {correlation:.2f}")
-    if not correlation >= 0.7:
+    quality = {"accuracy": masked_mean(agree.float(), difference != 0).item(),
+               "correlation": torch.corrcoef(torch.stack([human.flatten(), scores.flatten()]))[0, 1].item()}
+    say("reward model: {accuracy:.1%} of new pairs ordered as by the human, r = {correlation:.2f}".format(**quality))
+    if not quality["correlation"] >= 0.7:
         say("warning: correlation below 0.7: PPO will learn what this judge likes, not what the human likes (P1)")
-    return {"accuracy": accuracy, "correlation": correlation}
+    return quality
 
 
 # ======================================================================================================================
 # 4  Phase I: collect a rollout (steps 1 to 5)
+#
+#    Text as a decision process: the state s_t is the prompt and the reply so far, the action a_t is the next token, the
+#    policy pi(a_t | s_t) is the language model, and the next state is the old one with the token appended. There is one
+#    score, at the end; steps 2 to 5 turn it into a verdict on every single token.
 # ======================================================================================================================
 @dataclass
 class Samples:
@@ -614,8 +623,8 @@ class Rollout(Samples):
 def sample_tokens(logits, temperature: float = 1.0):
     """One token per row of logits [B,V] -> [B], with probability softmax(logits / temperature).
 
-    Inverse transform sampling: cut the unit interval into pieces as long as the probabilities, throw one point. It draws
-    one random number per token; torch.multinomial draws V of them, which was a third of the sampling time.
+    Inverse transform sampling: cut the unit interval into pieces as long as the probabilities, throw one point. That is
+    one random number per token; torch.multinomial draws V of them, which took a third of the sampling time.
     """
     cumulative = (logits.double() / temperature).softmax(dim=-1).cumsum(dim=-1)                         # [B,V]
     point = torch.rand(len(logits), 1, dtype=torch.double, device=logits.device) * cumulative[:, -1:]   # [B,1]
@@ -653,7 +662,8 @@ def generate(actor, prompt_ids, prompt_mask, max_new_tokens: int, eos_id: int, p
 
 def sample_replies(actor, tokenizer, prompts: list[str], cfg: Config) -> Samples:
     """One reply to each prompt, as tokens and as text."""
-    prompt_ids, prompt_mask, *_ = encode(tokenizer, prompts, [""] * len(prompts), [True] * len(prompts), actor.lm.device)
+    nothing = [""] * len(prompts), [False] * len(prompts)
+    prompt_ids, prompt_mask, *_ = encode(tokenizer, prompts, *nothing, actor.lm.device)
     reply_ids, mask = generate(actor, prompt_ids, prompt_mask, cfg.max_new_tokens, tokenizer.eos_token_id,
                                tokenizer.pad_token_id, cfg.temperature)
     finished = ((reply_ids == tokenizer.eos_token_id) & mask).any(dim=1).tolist()
@@ -667,21 +677,27 @@ def sample_batches(actor, tokenizer, prompts: list[str], cfg: Config, size: int 
 
 
 def read_replies(actor, samples: Samples, temperature: float, rows=slice(None)):
-    """log pi(a_t | s_t), entropy and V(s_t) of given replies, by teacher forcing: three tensors [B,T].
+    """Read given replies by teacher forcing -> log pi(a_t | s_t) [B,T], V(s_t) [B,T], logits [B,T,V].
 
-    Phase I and Phase II both read through this function, so the first ratio pi / pi_old is 1 to the last digit; taken
-    from the sampling loop, old log-probs differ in rounding. The temperature is that of sampling: otherwise they would be
-    log-probs of a distribution that nothing was drawn from (L5).
+    Phase I and Phase II both read through this function, so the first ratio pi / pi_old is 1 but for the last digit;
+    taken from the sampling loop, old log-probs would differ in rounding. The temperature is that of sampling: without
+    it these would be log-probs of a distribution that nothing was drawn from (L5).
     """
-    logits, values = actor(samples.prompt_ids[rows], samples.prompt_mask[rows], samples.reply_ids[rows], samples.mask[rows])
+    logits, values = actor(samples.prompt_ids[rows], samples.prompt_mask[rows], samples.reply_ids[rows],
+                           samples.mask[rows])
     logits = logits / temperature
-    return token_log_probs(logits, samples.reply_ids[rows]), entropy(logits), values
+    return token_log_probs(logits, samples.reply_ids[rows]), values, logits
 
 
 def score_samples(score_fn, samples: Samples, missing_eos_penalty: float = 0.0):
-    """r_RM of each reply [B], less the penalty for one that never ends: without it, rambling costs nothing (N3)."""
-    scores = torch.tensor(score_fn(samples.prompts, samples.replies, samples.finished), device=samples.mask.device)
-    return scores - missing_eos_penalty * ~torch.tensor(samples.finished, device=scores.device)
+    """r_RM of each reply [B], less the penalty for one that never ends: without it, rambling costs nothing (N3).
+
+    A reply that was sampled several times is scored once.
+    """
+    rows = list(zip(samples.prompts, samples.replies, samples.finished))
+    unique = list(dict.fromkeys(rows))
+    score = dict(zip(unique, score_fn(*map(list, zip(*unique)))))
+    return torch.tensor([score[row] - missing_eos_penalty * (not row[-1]) for row in rows], device=samples.mask.device)
 
 
 # ---- Step 2: a reward for every token (S2) ---------------------------------------------------------------------------
@@ -691,8 +707,11 @@ def token_rewards(log_probs, ref_log_probs, scores, mask, kl_coef: float):
     r_t = -beta * (log pi(a_t|s_t) - log pi_ref(a_t|s_t))        every token: each step away from the reference costs
     r_T = the same + r_RM                                        last real token: the score of the whole reply
 
-    The score must land on the last token of the *reply*, not on the last column: padding is masked out of the loss, and a
-    score that lands there is lost without any error message (N4). The rewards of a reply add up to r_RM - beta * KL.
+    The KL term is what keeps the reward model honest: it was trained on SFT's replies and knows nothing about others,
+    so a policy that strays far enough finds nonsense that scores high (D's "hahaha", P1, P2).
+
+    The score must land on the last token of the *reply*, not on the last column: padding is masked out of the loss, and
+    a score that lands there is lost without any error message (N4). A reply's rewards add up to r_RM - beta * KL.
     """
     rewards = torch.where(mask, -kl_coef * (log_probs - ref_log_probs), 0)
     column = torch.arange(mask.shape[1], device=mask.device)
@@ -700,7 +719,9 @@ def token_rewards(log_probs, ref_log_probs, scores, mask, kl_coef: float):
     return rewards + torch.where(is_last, scores.unsqueeze(1), 0)
 
 
-# ---- Step 3: the critic values every state: ActorCritic.forward (S3) -------------------------------------------------
+# ---- Step 3: the critic values every state (S3) ----------------------------------------------------------------------
+# V(s_t) comes out of ActorCritic.forward, in the same pass that reads the log-probs. It is the state *before* token t:
+# shifted by one, the critic would know the action it is to be a baseline for, and the advantage would lose its meaning.
 
 
 # ---- Step 4: TD residuals (S4) ---------------------------------------------------------------------------------------
@@ -722,7 +743,8 @@ def gae(rewards, values, mask, gamma: float, lam: float):
     A_t = sum_b (gamma*lambda)^b delta_{t+b}, computed backwards:  A_t = delta_t + gamma*lambda * A_{t+1}
     G_t = A_t + V(s_t)
 
-    lambda = 0 is the TD residual (low variance, believes the critic), lambda = 1 is Monte Carlo (unbiased, noisy) (T2).
+    lambda = 0 is the TD residual (little variance, but it believes the critic), lambda = 1 is Monte Carlo: the rewards
+    that really came, less V(s_t) (unbiased, but noisy) (T2). Between them lies the usual compromise, 0.95.
     The returns are taken here, from raw advantages: whitened ones would give the critic a target in foreign units.
     """
     deltas = td_residuals(rewards, values, mask, gamma)
@@ -755,12 +777,12 @@ def collect_rollout(actor, reference, score_fn, prompts: list[str], cfg: Config,
     """
     samples = sample_replies(actor, tokenizer, prompts, cfg)                                            # Step 1
     mask = samples.mask
-    log_probs, _, values = read_replies(actor, samples, cfg.temperature)                                # Step 3: V(s_t)
+    log_probs, values, _ = read_replies(actor, samples, cfg.temperature)                                # Step 3: V(s_t)
     ref_log_probs, _, _ = read_replies(reference, samples, cfg.temperature)
     log_probs, ref_log_probs, values = (torch.where(mask, x, 0) for x in (log_probs, ref_log_probs, values))
     scores = score_samples(score_fn, samples, cfg.missing_eos_penalty)
-    rewards = token_rewards(log_probs, ref_log_probs, scores, mask,                                     # Step 2
-                            cfg.kl_coef if kl_coef is None else kl_coef)
+    beta = cfg.kl_coef if kl_coef is None else kl_coef
+    rewards = token_rewards(log_probs, ref_log_probs, scores, mask, beta)                               # Step 2
     if cfg.whiten_rewards:
         rewards = whiten(rewards, mask, shift_mean=False)
     advantages, returns = gae(rewards, values, mask, cfg.gamma, cfg.lam)                                # Steps 4, 5
@@ -772,6 +794,9 @@ def collect_rollout(actor, reference, score_fn, prompts: list[str], cfg: Config,
 
 # ======================================================================================================================
 # 5  Phase II: learn from the rollout (step 6)
+#
+#    The rollout was expensive, so it is used several times. But it was drawn from the old policy, and the advantages
+#    are estimates that hold near that policy: the ratio corrects for the first, clipping guards the second (T3, B).
 # ======================================================================================================================
 def policy_loss(log_probs, old_log_probs, advantages, mask, clip_eps: float):
     """PPO's clipped surrogate (S6; Schulman et al. 2017, eq. 7): tensors [B,T] -> (loss, clip_fraction), scalars.
@@ -779,10 +804,11 @@ def policy_loss(log_probs, old_log_probs, advantages, mask, clip_eps: float):
     rho_t = pi(a_t|s_t) / pi_old(a_t|s_t) = exp(log pi - log pi_old)
     L     = -mean_t min(rho_t * A_t, clip(rho_t, 1-eps, 1+eps) * A_t)
 
-    pi_old is the policy that sampled this batch: not the reference, which never changes (T5). The gradient vanishes just
-    where the update has gone far enough in the good direction: A > 0 and rho > 1+eps, or A < 0 and rho < 1-eps. With clip
-    alone and no min, a step in the wrong direction could not be taken back either (T4).
-    clip_fraction is the share of tokens that are clipped so.
+    pi_old is the policy that sampled this batch: not the reference, which never changes (T5). The four cases (T4):
+        A > 0, rho <= 1+eps   the token gets likelier          A < 0, rho >= 1-eps   the token gets less likely
+        A > 0, rho >  1+eps   far enough: gradient zero        A < 0, rho <  1-eps   far enough: gradient zero
+    With clip alone and no min, a step in the wrong direction could not be taken back either.
+    clip_fraction is the share of tokens whose gradient is zero.
     """
     ratio = torch.exp(torch.where(mask, log_probs - old_log_probs, 0))                                  # [B,T]
     surrogate = ratio * advantages
@@ -807,37 +833,35 @@ def update_policy(actor, optimizer, rollout: Rollout, cfg: Config) -> dict[str, 
 
     L = L_policy + c_V * L_V - c_ent * H        (S6: the entropy H is subtracted, for we minimise and want it large)
 
-    Returns the metrics' means over all updates; first_log_ratio is the largest |log rho| before the first of them: 0, or
-    something is wrong with the old log-probs.
+    Returns the metrics' means over all updates; first_log_ratio is the largest |log rho| before the first of them: 0,
+    or something is wrong with the old log-probs.
     """
     history = []
     for _ in range(cfg.ppo_epochs):
         for rows in torch.randperm(len(rollout.mask), device=rollout.mask.device).chunk(cfg.minibatches):
             mask, old_log_probs = rollout.mask[rows], rollout.log_probs[rows]
-            log_probs, entropies, values = read_replies(actor, rollout, cfg.temperature, rows)
-            loss_policy, clip_fraction = policy_loss(log_probs, old_log_probs, rollout.advantages[rows], mask, cfg.clip_eps)
-            loss_value = value_loss(values, rollout.returns[rows], mask, rollout.values[rows], cfg.value_clip)
-            mean_entropy = masked_mean(entropies, mask)
-            loss = loss_policy + cfg.vf_coef * loss_value - cfg.ent_coef * mean_entropy
+            log_probs, values, logits = read_replies(actor, rollout, cfg.temperature, rows)
+            pg_loss, clip_fraction = policy_loss(log_probs, old_log_probs, rollout.advantages[rows], mask, cfg.clip_eps)
+            v_loss = value_loss(values, rollout.returns[rows], mask, rollout.values[rows], cfg.value_clip)
+            mean_entropy = masked_mean(entropy(logits), mask)
+            loss = pg_loss + cfg.vf_coef * v_loss - cfg.ent_coef * mean_entropy
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(actor.parameters(), cfg.max_grad_norm)
             optimizer.step()
 
             log_ratio = torch.where(mask, log_probs - old_log_probs, 0).detach()
-            history.append(torch.stack([
-                loss_policy, loss_value, mean_entropy, clip_fraction,
-                masked_mean(log_ratio.exp() - 1 - log_ratio, mask),  # KL(pi_old || pi), never negative
-                log_ratio.abs().max()]).detach())
-    names = "policy_loss value_loss entropy clip_fraction approx_kl".split()
-    metrics = dict(zip(names, torch.stack(history).mean(dim=0).tolist()))
-    return metrics | {"first_log_ratio": history[0][-1].item()}
+            history.append({"policy_loss": pg_loss, "value_loss": v_loss, "entropy": mean_entropy,
+                            "clip_fraction": clip_fraction, "first_log_ratio": log_ratio.abs().max(),
+                            # KL(pi_old || pi) by the estimator that is never negative
+                            "approx_kl": masked_mean(log_ratio.exp() - 1 - log_ratio, mask)})
+    means = {name: torch.stack([update[name].detach() for update in history]).mean().item() for name in history[0]}
+    return means | {"first_log_ratio": history[0]["first_log_ratio"].item()}
 
 
 def explained_variance(values, returns, mask) -> float:
     """1 - Var(G - V) / Var(G) over real tokens: 1 a perfect critic, 0 no better than a constant, below 0 worse."""
-    values, returns = values[mask], returns[mask]
-    return 1 - ((returns - values).var() / returns.var().clamp(min=1e-8)).item()
+    return 1 - ((returns - values)[mask].var() / returns[mask].var().clamp(min=1e-8)).item()
 
 
 def describe(rollout: Rollout, kl_coef: float) -> dict[str, float]:
@@ -851,15 +875,26 @@ def describe(rollout: Rollout, kl_coef: float) -> dict[str, float]:
 
 
 def adapt_kl_coef(kl_coef: float, kl: float, target: float) -> float:
-    """beta for the next cycle: up to 2% more when KL is above its target, up to 2% less when below (T6; Ziegler 2019)."""
+    """beta for the next cycle: at most 2% more when KL is above its target, 2% less when below (T6; Ziegler 2019)."""
     return kl_coef * (1 + 0.1 * min(max(kl / target - 1, -0.2), 0.2))
 
 
 # ======================================================================================================================
 # 6  The loop
 # ======================================================================================================================
-METRICS = ("cycle episodes seconds reward human kl objective validation entropy clip_fraction approx_kl first_log_ratio "
-           "policy_loss value_loss explained_variance reply_length finished lr kl_coef").split()
+# The columns of metrics.csv, and what they do in a healthy run:
+#   reward, objective    rise quickly, then flatten; objective = reward - beta * kl is what PPO maximises
+#   human                follows the reward. If it falls while the reward rises, the reward model is being fooled (P1)
+#   kl                   0 at first, rises to a few nats and stays. If it keeps rising, beta is too small (P2)
+#   validation           the objective on held-out prompts, every eval_every cycles
+#   entropy              falls, not to 0 at once: then nothing is tried any more
+#   clip_fraction        0 to 0.2. Much more: lr or ppo_epochs too large
+#   approx_kl            to the *old* policy, per token: how far one cycle moves, well below 0.1
+#   first_log_ratio      below 1e-5, always: otherwise the old log-probs are wrong
+#   policy_loss          jitters around 0 and means little: its sampling distribution changes with every cycle
+#   value_loss           falls;  explained_variance: from 0 up; a good critic nears 1
+METRICS = ("cycle episodes seconds reward human kl objective validation entropy clip_fraction approx_kl "
+           "first_log_ratio policy_loss value_loss explained_variance reply_length finished lr kl_coef").split()
 SHOWN = {"cycle": "4.0f", "reward": "7.3f", "human": "6.2f", "kl": "6.2f", "objective": "9.3f", "entropy": "7.3f",
          "clip_fraction": "13.3f", "explained_variance": "18.2f", "reply_length": "12.1f", "seconds": "7.2f"}
 
@@ -870,20 +905,19 @@ def train_ppo(actor, reference, score_fn, tokenizer, prompts: dict[str, list[str
     After every cycle a row is added to metrics.csv in `out`. Returns the last kl_coef.
     """
     rng = stage_rng(cfg, "PPO")
-    # The critic starts from nothing and should be ahead of the actor, so it learns ten times faster. No weight decay: it
-    # would pull the policy towards zero weights. The learning rate falls to 0: late cycles only have noise left to learn.
-    optimizer = torch.optim.AdamW([{"params": actor.lm.parameters()},
-                                   {"params": actor.value_head.parameters(), "lr": 10 * cfg.lr}],
-                                  lr=cfg.lr, weight_decay=0.0, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda cycle: 1 - cycle / cfg.cycles)
+    # The critic starts from nothing and should be ahead of the actor, so it learns ten times faster. No weight decay:
+    # it would pull the policy towards zero weights. The learning rate falls to 0: late cycles have only noise to learn.
+    groups = [{"params": actor.lm.parameters()}, {"params": actor.value_head.parameters(), "lr": 10 * cfg.lr}]
+    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, weight_decay=0.0, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda cycle: 1 - cycle / max(cfg.cycles, 1))
     kl_coef, best, best_objective = cfg.kl_coef, copy.deepcopy(actor.state_dict()), -math.inf
     with open(out / "metrics.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, METRICS)
         writer.writeheader()
-        for cycle in progress(cfg.cycles, "PPO"):
+        for cycle in tqdm(range(cfg.cycles), desc="PPO", leave=False, disable=None):
             start = time.perf_counter()
-            asked = rng.choices(prompts["train"], k=cfg.batch_size // cfg.replies_per_prompt)
-            asked = [prompt for prompt in asked for _ in range(cfg.replies_per_prompt)]
+            drawn = rng.choices(prompts["train"], k=cfg.batch_size // cfg.replies_per_prompt)
+            asked = [prompt for prompt in drawn for _ in range(cfg.replies_per_prompt)]
             rollout = collect_rollout(actor, reference, score_fn, asked, cfg, tokenizer, kl_coef)
             before = reply_ratio(actor, rollout, cfg)
             metrics = {"cycle": cycle + 1, "episodes": (cycle + 1) * cfg.batch_size, "kl_coef": kl_coef,
@@ -913,7 +947,10 @@ def train_ppo(actor, reference, score_fn, tokenizer, prompts: dict[str, list[str
 # ======================================================================================================================
 @torch.no_grad()
 def reply_kl(actor, reference, samples: Samples, cfg: Config):
-    """log pi(reply) - log pi_ref(reply) of each reply [B]; over replies of the actor its mean is KL(pi || pi_ref), nats."""
+    """log pi(reply) - log pi_ref(reply) in nats, for each reply [B].
+
+    Over replies that the actor sampled, its mean is KL(pi || pi_ref). One reply's value may be negative, a KL may not.
+    """
     if actor is reference:
         return torch.zeros(len(samples.mask), device=samples.mask.device)
     log_probs, ref_log_probs = (read_replies(model, samples, cfg.temperature)[0] for model in (actor, reference))
@@ -921,8 +958,11 @@ def reply_kl(actor, reference, samples: Samples, cfg: Config):
 
 
 def evaluate(actor, reference, score_fn, tokenizer, prompts: list[str], N: int, cfg: Config, kl_coef: float):
-    """N replies to each prompt -> (table, replies). The table has a column [prompts,N] for each of: the human's verdicts,
-    reward, kl, objective = reward - beta * kl, length in tokens, finished."""
+    """Sample N replies to each prompt -> (table, replies).
+
+    The table has a column [prompts,N] for each of: the human's verdicts (see `judge`), reward, kl, objective = reward -
+    beta * kl, length in tokens, finished. `replies` are the texts, N after N.
+    """
     batches = sample_batches(actor, tokenizer, [prompt for prompt in prompts for _ in range(N)], cfg)
     verdicts = [judge(*row) for batch in batches for row in zip(batch.prompts, batch.replies, batch.finished)]
     table = {name: torch.tensor([verdict[name] for verdict in verdicts]) for name in verdicts[0]}
@@ -936,14 +976,16 @@ def evaluate(actor, reference, score_fn, tokenizer, prompts: list[str], N: int, 
 
 
 def optimum(scores, kl_coef: float) -> tuple[float, float]:
-    """The best objective any policy can reach, from the reference's own scores [prompts,N] -> (J*, effective sample size).
+    """The best objective any policy can reach -> (J*, effective sample size), from scores [prompts,N] of the reference.
 
-    J(pi) = E[r] - beta * KL(pi || pi_ref)  has its maximum at  pi* ~ pi_ref * exp(r / beta), where
-    J*(x) = beta * log E_ref[exp(r / beta)]
+    J(pi)  = E[r] - beta * KL(pi || pi_ref)       the objective, for one prompt x
+    pi*    = pi_ref * exp(r / beta) / Z           its maximiser: J(pi) = beta * log Z - beta * KL(pi || pi*)
+    J*(x)  = beta * log Z = beta * log E_ref[exp(r / beta)]
 
-    The expectation is estimated by the mean over N replies of the reference. Few of them carry the sum when beta is small:
-    the effective sample size, (sum w)^2 / sum w^2 with w = exp(r / beta), averaged over the prompts, says how few. When it
-    is small the best replies were missed, and J* is only a lower bound.
+    So no training is needed to know the optimum: sample many replies from the reference, score them, and take the mean
+    of exp(r / beta). Few of them carry that sum when beta is small; the effective sample size, (sum w)^2 / sum w^2 with
+    w = exp(r / beta), averaged over the prompts, says how few. When it is small, the best replies were missed and J* is
+    only a lower bound.
     """
     log_weights = scores.double() / kl_coef                                                             # [prompts,N]
     weights = log_weights.softmax(dim=1)
@@ -971,18 +1013,17 @@ def make_report(tables: dict[str, dict], kl_coef: float, quality: dict, seconds:
 def show_report(report: dict, replies: dict[str, list[str]], prompts: list[str]):
     """Print report.json as tables, and for some prompts the first reply (not the best one) of each model."""
     columns = "helpful warm honest harmless human reward kl objective length win_rate".split()
-    say(f"\nRESULT on {len(prompts)} prompts that no stage has seen\n\n" + " " * 10 + "".join(f"{x:>10}" for x in columns))
+    say(f"\nRESULT on {len(prompts)} prompts that no stage has seen\n")
+    say(" " * 10 + "".join(f"{column:>10}" for column in columns))
     for name in replies:
         say(f"{name:10}" + "".join(f"{report[name][column]:10.2f}" for column in columns))
     say("\nhelpful to harmless: share of replies; human: points, 4 at best; reward: what PPO maximised, in standard\n"
         "deviations of SFT's; kl: nats from SFT; objective: J = reward - beta * kl; win_rate: against SFT, ties half")
     best, j_sft, j_ppo = report["optimum"], report["sft"]["objective"], report["ppo"]["objective"]
     if best["objective"] is not None:
-        say(f"\nTHE OPTIMUM: J went from {j_sft:.3f} (SFT) to {j_ppo:.3f} (PPO); no policy can have more than J* = "
-            f"{best['objective']:.3f}.")
-        say(f"PPO went {best['fraction']:.1%} of the way." if best["fraction"] is not None else
-            "J* is only a lower bound here; raise --optimum_samples or --kl_coef for a percentage.")
-        say(f"(J* rests on an effective sample of {best['effective_sample_size']:.1f} replies per prompt.)")
+        way = f"{best['fraction']:.1%} of the way" if best["fraction"] is not None else "J* is only a lower bound here"
+        say(f"\nTHE OPTIMUM: J(SFT) = {j_sft:.3f}, J(PPO) = {j_ppo:.3f}, and no policy can have more than J* = "
+            f"{best['objective']:.3f}: {way}\n(J* rests on {best['effective_sample_size']:.0f} effective samples each)")
     say("\nREPLIES, the first sample of each model")
     for i in range(2, len(prompts), 5):
         say(f"\n  user        {prompts[i].strip()}")
@@ -999,18 +1040,21 @@ def reply_ratio(actor, rollout: Rollout, cfg: Config, row: int = 0):
 
 
 def xray(rollout: Rollout, tokenizer, cfg: Config, row: int = 0, **ratios) -> str:
-    """One reply under X-ray: article E's table with this run's numbers, a line per token."""
-    columns = {
-        "log pi": rollout.log_probs[row], "log ref": rollout.ref_log_probs[row],
-        "KL": (rollout.log_probs - rollout.ref_log_probs)[row], "r_t": rollout.rewards[row], "V(s_t)": rollout.values[row],
-        "delta_t": td_residuals(rollout.rewards, rollout.values, rollout.mask, cfg.gamma)[row],
-        "A_t": rollout.advantages[row], "return": rollout.returns[row], **ratios}
-    lines = [f'\nX-RAY of one reply to "{rollout.prompts[row].strip()}" (score {rollout.scores[row]:.3f})',
+    """One reply under X-ray: article E's table with this run's numbers, a line per token.
+
+    KL = log pi - log ref;  r_t from step 2;  V(s_t) from step 3;  delta_t from step 4;  A_t and return from step 5;
+    `ratios` are further columns: step 6's rho_t before and after the update.
+    """
+    r, deltas = rollout, td_residuals(rollout.rewards, rollout.values, rollout.mask, cfg.gamma)
+    columns = {"log pi": r.log_probs, "log ref": r.ref_log_probs, "KL": r.log_probs - r.ref_log_probs, "r_t": r.rewards,
+               "V(s_t)": r.values, "delta_t": deltas, "A_t": r.advantages, "return": r.returns}
+    columns = {name: column[row] for name, column in columns.items()} | ratios
+    lines = [f'X-RAY of one reply to "{r.prompts[row].strip()}" (score {r.scores[row]:.3f})',
              f"{'token':14}" + "".join(f"{name:>9}" for name in columns)]
-    for t in range(int(rollout.mask[row].sum())):
-        token = tokenizer.decode(rollout.reply_ids[row, t:t + 1])
-        lines.append(f"{token.strip():14}" + "".join(f"{column[t]:9.3f}" for column in columns.values()))
-    return "\n".join(lines) + "\n"
+    for t, token in enumerate(r.reply_ids[row][r.mask[row]]):
+        word = tokenizer.decode([token]).strip()
+        lines.append(f"{word:14}" + "".join(f"{column[t]:9.3f}" for column in columns.values()))
+    return "\n" + "\n".join(lines) + "\n"
 
 
 # ======================================================================================================================
@@ -1019,18 +1063,17 @@ def xray(rollout: Rollout, tokenizer, cfg: Config, row: int = 0, **ratios) -> st
 def new_folder(cfg: Config) -> Path:
     """Make the run's folder and write config.json. Raises UserError rather than touch an earlier run."""
     out = Path(cfg.out or time.strftime("runs/%Y%m%d-%H%M%S"))
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise UserError(f"--out {out} exists and is not an empty folder; choose a new name")
     try:
         out.mkdir(parents=True, exist_ok=True)
+        check(not any(out.iterdir()), f"--out {out} is not empty; choose a new name")
         (out / "config.json").write_text(json.dumps(asdict(cfg), indent=2) + "\n")
     except OSError as error:
-        raise UserError(f"cannot write to --out {out}: {error.strerror}") from error
+        check(False, f"cannot write to --out {out} ({error.strerror}); choose another folder")
     return out
 
 
 def save_model(model, tokenizer, folder: Path):
-    """An ordinary transformers folder, for AutoModelForCausalLM.from_pretrained, and beside it our head (heads.safetensors)."""
+    """An ordinary transformers folder, for AutoModelForCausalLM.from_pretrained, and our head: heads.safetensors."""
     model.lm.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     save_file({name: x.contiguous() for name, x in model.state_dict().items() if not name.startswith("lm.")},
@@ -1046,23 +1089,21 @@ def load_model(kind, folder: Path, device):
 
 def load_run(cfg: Config):
     """--init_from: what train_stages returns, from the folder of an earlier run."""
-    run, kinds = Path(cfg.init_from), {"pretrained": ActorCritic, "sft": ActorCritic, "reward_model": RewardModel}
-    if cfg.reward != "model":
-        del kinds["reward_model"]
+    run, kinds = Path(cfg.init_from), {"pretrained": ActorCritic, "sft": ActorCritic}
+    kinds |= {"reward_model": RewardModel} if cfg.reward == "model" else {}
     for name in kinds:
-        if not (run / name / "heads.safetensors").is_file():
-            raise UserError(f"--init_from {run}: there is no {name}/ of an earlier run in it")
-    loaded = {name: load_model(kind, run / name, cfg.device) for name, kind in kinds.items()}
+        check((run / name / "heads.safetensors").is_file(), f"--init_from {run}: there is no {name}/ of a run in it")
+    models = {name: load_model(kind, run / name, cfg.device) for name, kind in kinds.items()}
     tokenizer = AutoTokenizer.from_pretrained(run / "sft", padding_side="left")
-    return tokenizer, loaded["pretrained"], loaded["sft"], loaded.get("reward_model")
+    return tokenizer, models["pretrained"], models["sft"], models.get("reward_model")
 
 
 @contextmanager
 def timed(seconds: dict, stage: str):
-    """Add the time spent in a `with` block to seconds[stage]."""
+    """Note the time spent in a `with` block as seconds[stage]."""
     start = time.perf_counter()
     yield
-    seconds[stage] += time.perf_counter() - start
+    seconds[stage] = time.perf_counter() - start
 
 
 def train_stages(prompts: list[str], cfg: Config, seconds: dict):
@@ -1082,7 +1123,6 @@ def main(argv=None):
     earlier = load_run(cfg) if cfg.init_from else None
     out, prompts = new_folder(cfg), split_prompts()
     seconds = dict.fromkeys(("pretrain", "sft", "reward_model", "ppo", "total"), 0.0)
-
     with timed(seconds, "total"):
         tokenizer, pretrained, sft, reward_model = earlier or train_stages(prompts["train"], cfg, seconds)
         reference, policy = frozen(sft), copy.deepcopy(sft)
@@ -1093,21 +1133,20 @@ def main(argv=None):
             save_model(reward_model, tokenizer, out / "reward_model")
         save_model(pretrained, tokenizer, out / "pretrained")
         save_model(sft, tokenizer, out / "sft")
-
         with timed(seconds, "ppo"):
             kl_coef = train_ppo(policy, reference, score_fn, tokenizer, prompts, cfg, out)
         save_model(policy, tokenizer, out / "policy")
 
         stage_rng(cfg, "report")
-        tables, replies = {}, {}
-        for name, model, N in (("pretrained", pretrained, 64), ("sft", reference, cfg.optimum_samples), ("ppo", policy, 64)):
-            tables[name], replies[name] = evaluate(model, reference, score_fn, tokenizer, prompts["test"], N, cfg, kl_coef)
-        say(xray(collect_rollout(policy, reference, score_fn, prompts["test"][:1], cfg, tokenizer, kl_coef), tokenizer, cfg))
+        tables, replies, test = {}, {}, prompts["test"]
+        for name, model, N in (("pretrained", pretrained, 32), ("sft", reference, cfg.optimum_samples),
+                               ("ppo", policy, 64)):
+            tables[name], replies[name] = evaluate(model, reference, score_fn, tokenizer, test, N, cfg, kl_coef)
+        say(xray(collect_rollout(policy, reference, score_fn, test[:1], cfg, tokenizer, kl_coef), tokenizer, cfg))
     report = make_report(tables, kl_coef, quality, seconds)
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    show_report(report, replies, prompts["test"])
-    say(f"\nEverything is in {out}. To turn one of PPO's knobs and repeat PPO alone:\n"
-        f"    python {Path(__file__).name} --init_from {out} --kl_coef 0.1")
+    show_report(report, replies, test)
+    say(f"\nAll is in {out}. PPO alone, with another flag: python ppo_rlhf.py --init_from {out} --kl_coef 0.05")
 
 
 if __name__ == "__main__":

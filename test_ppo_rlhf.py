@@ -60,8 +60,8 @@ def world():
     texts = ppo.write_texts(random.Random(0), prompts, ppo.SFT_MIX, 200)
     tokenizer = ppo.train_tokenizer([prompt + reply for prompt, reply in texts])
     torch.manual_seed(0)
-    actor = ppo.ActorCritic(ppo.new_gpt2(len(tokenizer), cfg))
-    reward_model = ppo.RewardModel(ppo.new_gpt2(len(tokenizer), cfg))
+    actor = ppo.ActorCritic(ppo.new_gpt2(tokenizer, cfg))
+    reward_model = ppo.RewardModel(ppo.new_gpt2(tokenizer, cfg))
     return tokenizer, actor, reward_model, prompts
 
 
@@ -153,7 +153,7 @@ def test_a_reply_is_worth_the_same_alone_and_in_any_padded_batch():
         rewards = ppo.token_rewards(log_probs, log_probs - 1, scores, mask, 0.1)
         for i in range(len(mask)):
             T = int(mask[i].sum())
-            alone = (prompt_ids[i:i + 1, ~prompt_mask[i].logical_not()], prompt_mask[i:i + 1, prompt_mask[i]],
+            alone = (prompt_ids[i:i + 1, prompt_mask[i]], prompt_mask[i:i + 1, prompt_mask[i]],
                      reply_ids[i:i + 1, :T], mask[i:i + 1, :T])
             logits1, values1 = actor(*alone)
             log_probs1 = ppo.token_log_probs(logits1, alone[2])
@@ -170,12 +170,10 @@ def test_logits_at_t_predict_token_t_and_values_at_t_do_not_know_it():
     changed[0, 3] = (changed[0, 3] + 1) % 20 + 2
     with torch.no_grad():
         before, after = actor(prompt_ids, prompt_mask, reply_ids, mask), actor(prompt_ids, prompt_mask, changed, mask)
-        full = actor.lm(torch.cat([prompt_ids, reply_ids], 1)[prompt_mask.logical_not().sum():]).logits
+        plain = actor.lm(torch.cat([prompt_ids, reply_ids], 1)).logits  # one prompt: no padding
     for a, b in zip(before, after):
         assert torch.allclose(a[0, :4], b[0, :4], atol=1e-6) and not torch.allclose(a[0, 4:], b[0, 4:], atol=1e-3)
-    if prompt_mask.all():
-        P = prompt_ids.shape[1]
-        assert torch.allclose(before[0][0], full[0, P - 1:-1], atol=1e-5)
+    assert prompt_mask.all() and torch.allclose(before[0][0], plain[0, prompt_ids.shape[1] - 1:-1], atol=1e-5)
 
 
 # ---- Invariant 4 -----------------------------------------------------------------------------------------------------
@@ -265,7 +263,8 @@ def test_sampling_frequencies_match_the_log_probs_at_every_temperature(temperatu
     actor = small_actor(8)
     prompt = torch.tensor([[2, 3, 4]]).expand(20000, -1)
     torch.manual_seed(0)
-    ids, mask = ppo.generate(actor, prompt, torch.ones_like(prompt).bool(), 1, eos_id=-1, pad_id=0, temperature=temperature)
+    everywhere = torch.ones_like(prompt).bool()
+    ids, mask = ppo.generate(actor, prompt, everywhere, 1, eos_id=-1, pad_id=0, temperature=temperature)
     every = torch.arange(8).unsqueeze(1)
     samples = ppo.Samples([], [], [], prompt[:8], torch.ones(8, 3).bool(), every, torch.ones(8, 1).bool())
     with torch.no_grad():
@@ -284,7 +283,7 @@ def test_a_token_of_probability_zero_is_never_sampled():
 def test_padding_is_not_eos_and_eos_is_learned(world):
     tokenizer, actor, *_ = world
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
-    prompt_ids, prompt_mask, reply_ids, mask = ppo.encode(tokenizer, ["I feel sad.", "Hi"], ["Oh.", "Call a friend."], [True] * 2)
+    *_, reply_ids, mask = ppo.encode(tokenizer, ["I feel sad.", "Hi"], ["Oh.", "Call a friend."], [True] * 2)
     last = reply_ids[torch.arange(2), mask.sum(1) - 1]
     assert (last == tokenizer.eos_token_id).all(), "EOS is inside the mask, so the SFT loss and PPO see it"
     actor, texts = copy.deepcopy(actor), [("I feel sad.\n", "Call a friend.")]
@@ -298,7 +297,7 @@ def test_only_a_reply_that_was_cut_gets_the_penalty(world):
     tokenizer, actor, _, prompts = world
     samples = ppo.sample_replies(actor, tokenizer, prompts, small_config())
     samples.finished = [i % 2 == 0 for i in range(len(prompts))]
-    scores = ppo.score_samples(lambda prompts, replies, finished: [1.0] * len(prompts), samples, missing_eos_penalty=3.0)
+    scores = ppo.score_samples(lambda prompts, replies, finished: [1.0] * len(prompts), samples, 3.0)
     assert scores.tolist() == [1.0 if done else -2.0 for done in samples.finished]
 
 
@@ -366,12 +365,13 @@ def test_same_seed_same_metrics_and_init_from_repeats_ppo_exactly(run, tmp_path)
 
 # ---- The articles' numbers -------------------------------------------------------------------------------------------
 def test_article_e_four_tokens_by_hand():
-    """S2 to S5 on 天空 | 是 | 蔚蓝色 | 的 with the article's values; every number below was worked out on paper."""
+    """S2 to S5 on 天空 | 是 | 蔚蓝色 | 的 with the article's values; the numbers were worked out on paper."""
     mask = torch.ones(1, 5, dtype=torch.float64).bool()
     mask[0, 4] = False  # one column of padding
     values = torch.tensor([[-0.84, 0.88, 1.96, 3.48, 99.0]], dtype=torch.float64)
     log_ratio = torch.tensor([[0.5, -0.2, 0.0, 1.0, 99.0]], dtype=torch.float64)
-    rewards = ppo.token_rewards(log_ratio, torch.zeros_like(log_ratio), torch.tensor([4.0], dtype=torch.float64), mask, 0.1)
+    score = torch.tensor([4.0], dtype=torch.float64)
+    rewards = ppo.token_rewards(log_ratio, torch.zeros_like(log_ratio), score, mask, kl_coef=0.1)
     assert rewards[0].tolist() == pytest.approx([-0.05, 0.02, 0.0, 3.9, 0.0])
     deltas = ppo.td_residuals(rewards, values, mask, gamma=1.0)
     assert deltas[0].tolist() == pytest.approx([1.67, 1.10, 1.52, 0.42, 0.0])
@@ -405,7 +405,7 @@ def test_article_d_clipping_lets_a_probability_grow_by_a_fifth_per_batch():
 
 def test_ranking_loss_is_the_mean_over_all_pairs():
     scores = torch.tensor([[2.0, 0.5, 0.3, -1.0], [0.0, 1.0, 2.0, 3.0]])
-    pairs = [-math.log(1 / (1 + math.exp(-(row[i] - row[j])))) for row in scores.tolist() for i, j in combinations(range(4), 2)]
+    pairs = [math.log(1 + math.exp(row[j] - row[i])) for row in scores.tolist() for i, j in combinations(range(4), 2)]
     assert ppo.ranking_loss(scores).item() == pytest.approx(sum(pairs) / 12, rel=1e-6)
     assert ppo.ranking_loss(scores[:1]) < math.log(2) < ppo.ranking_loss(scores[1:])
     assert ppo.ranking_loss(scores + 7).item() == pytest.approx(ppo.ranking_loss(scores).item(), rel=1e-5)
@@ -418,7 +418,6 @@ def test_token_log_probs_and_entropy_are_those_of_the_softmax():
     distribution = torch.distributions.Categorical(logits=logits)
     assert torch.allclose(ppo.token_log_probs(logits, tokens), distribution.log_prob(tokens), atol=1e-6)
     assert torch.allclose(ppo.entropy(logits), distribution.entropy(), atol=1e-6)
-    assert torch.allclose(ppo.entropy(torch.tensor([[[0.0, 0.0, -math.inf]]])), torch.tensor([[math.log(2)]]))
 
 
 def test_value_clipping_takes_the_worse_error():
@@ -428,16 +427,21 @@ def test_value_clipping_takes_the_worse_error():
     assert ppo.value_loss(values, returns, mask, old, 0.2).item() == pytest.approx(0.5 * (0.64 + 4) / 2)
 
 
-def test_the_loss_weighs_value_and_entropy_as_configured(world):
+def test_the_entropy_bonus_raises_entropy_and_nothing_else_moves_the_policy(world):
     tokenizer, actor, _, prompts = world
+    actor = copy.deepcopy(actor)
+    with torch.no_grad():
+        actor.lm.get_output_embeddings().weight.mul_(5)  # a policy with some opinions
     torch.manual_seed(0)
     rollout = ppo.collect_rollout(actor, actor, ppo.human_score, prompts, small_config(), tokenizer)
-    rollout.advantages.zero_()  # only the entropy term is left to move the language model
-    for ent_coef, grows in ((1.0, True), (0.0, None)):
+    rollout.advantages.zero_()
+    change = {}
+    for ent_coef in (0.0, 1.0):
         cfg, policy = small_config("--ent_coef", str(ent_coef), "--ppo_epochs", "5"), copy.deepcopy(actor)
-        entropies = [ppo.update_policy(policy, torch.optim.SGD(policy.parameters(), lr=0.1), rollout, cfg)["entropy"]
-                     for _ in range(3)]
-        assert (entropies[0] < entropies[1] < entropies[2]) if grows else entropies[0] == pytest.approx(entropies[2], abs=1e-6)
+        optimizer = torch.optim.Adam(policy.parameters(), lr=1e-3)
+        entropies = [ppo.update_policy(policy, optimizer, rollout, cfg)["entropy"] for _ in range(3)]
+        change[ent_coef] = entropies[2] - entropies[0]
+    assert change[1.0] > 0.05 and abs(change[0.0]) < 1e-5
 
 
 def test_the_critic_learns_the_returns_and_leaves_the_policy_alone(world):
@@ -447,7 +451,8 @@ def test_the_critic_learns_the_returns_and_leaves_the_policy_alone(world):
     rollout.advantages.zero_()
     policy = copy.deepcopy(actor)
     optimizer = torch.optim.Adam(policy.parameters(), lr=1e-2)
-    losses = [ppo.update_policy(policy, optimizer, rollout, small_config("--ppo_epochs", "10"))["value_loss"] for _ in range(3)]
+    cfg = small_config("--ppo_epochs", "10")
+    losses = [ppo.update_policy(policy, optimizer, rollout, cfg)["value_loss"] for _ in range(3)]
     assert losses[2] < 0.5 * losses[0]
     assert all(torch.equal(a, b) for a, b in zip(actor.lm.parameters(), policy.lm.parameters()))
 
@@ -494,9 +499,8 @@ def test_win_rate_counts_ties_half():
 def test_held_out_prompts_occur_in_no_training_stage_and_their_words_do():
     splits = ppo.split_prompts()
     assert len(splits["train"]) >= 100 and len(splits["validation"]) == len(splits["test"]) == 20
-    assert not set(splits["train"]) & set(splits["test"] + splits["validation"]) and not set(splits["test"]) & set(splits["validation"])
     assert {ppo.topic(p) for p in splits["train"]} == set(ppo.SITUATION_OF)
-    assert len(set(sum(splits.values(), []))) == 200
+    assert len(set(sum(splits.values(), []))) == sum(map(len, splits.values())) == 200  # no prompt is in two splits
 
 
 def test_the_human_prefers_kinds_of_replies_in_the_storys_order():
@@ -529,7 +533,8 @@ def test_the_reward_model_learns_a_ranking_and_normalises_to_zero_and_one(world)
     rankings = [ppo.Ranking(p, ["Call a friend.", "Nobody cares."], [True, True]) for p in prompts] + [
         ppo.Ranking(prompts[0], ["Call a friend.", "A spider has eight legs.", "Nobody cares."], [True] * 3)]
     ppo.fit_reward_model(model, tokenizer, rankings, 40, 3e-3, random.Random(0))
-    good, bad = ppo.reward_model_scorer(model, tokenizer)(prompts[:1] * 2, ["Call a friend.", "Nobody cares."], [True] * 2)
+    score_fn = ppo.reward_model_scorer(model, tokenizer)
+    good, bad = score_fn(prompts[:1] * 2, ["Call a friend.", "Nobody cares."], [True] * 2)
     assert good > bad + 1
     batches = ppo.sample_batches(actor, tokenizer, prompts * 4, small_config())
     for _ in range(2):
