@@ -4,7 +4,7 @@
     python ppo_rlhf.py            # pretraining, SFT, reward model, PPO, report; nothing to download
     python ppo_rlhf.py --help     # every knob, with its usual range and what happens when you turn it
 
-FOUR MODELS, all of them the same small GPT-2 (T7)
+FOUR MODELS: three small GPT-2s of one size, each with weights of its own, and a critic on top of the actor (T7)
     actor         pi     the policy that PPO trains                        ActorCritic.lm
     critic        V      predicts the reward still to come, per token      ActorCritic.value_head
     reference     pi_ref the SFT model, frozen: how far may the actor go?  frozen(sft)
@@ -24,7 +24,7 @@ Sections: 0 configuration | 1 the task | 2 the models | 3 stages 0-2: pretrainin
 Letters in the shape comments: B replies in the batch, T reply tokens, P prompt tokens, V vocabulary. Prompts are padded
 on the left and replies on the right, so that every reply starts in the same column. `mask` is True on real reply
 tokens, EOS included; nothing at a False position may influence any result. Ids such as S2 or N8 point into the
-articles; notes/guide.md lists them.
+articles; notes/guide.md names the five articles, A to E, and lists the ids.
 """
 import copy
 import csv
@@ -58,10 +58,10 @@ from transformers.utils.logging import disable_progress_bar
 class Config:
     """One field, one flag: `lr` is set by --lr.
 
-    The defaults of PPO were chosen by the fraction of the optimum reached on held-out prompts (section 7), and differ
-    from custom in three places. lam is 1, not 0.95: replies are short and the score comes at their end, so trusting the
-    critic buys little. Advantages are not whitened: once all replies are good, whitening blows up what is only noise.
-    And kl_coef counts in standard deviations of SFT's reward, so compare it with other papers' betas with care.
+    The defaults of PPO were chosen by the fraction of the optimum reached on held-out prompts (section 7). Two differ
+    from what is usual, lam = 1 instead of 0.95 and advantages not whitened: here the simpler choice was as good as the
+    usual one (notes/guide.md has the figures). kl_coef counts in standard deviations of SFT's reward; compare it with
+    the betas of other papers with care.
     """
 
     # The run
@@ -101,7 +101,7 @@ class Config:
     whiten_advantages: bool = HfArg(default=False, help="Advantages to mean 0, variance 1. Late on, mostly noise. (N7)")
     # PPO: the losses
     clip_eps: float = HfArg(default=0.2, help="epsilon, 0.1 to 0.3: leash of a token's probability per cycle. (S6, P3)")
-    vf_coef: float = HfArg(default=0.5, help="c_V, 0.1 to 1: weight of the value loss. (S6)")
+    vf_coef: float = HfArg(default=0.5, help="c_V, 0.1 to 1. Here critic and actor only share the clipping. (S6)")
     value_clip: float | None = HfArg(default=None, help="If given, values move at most so far per cycle, e.g. 0.2.")
     ent_coef: float = HfArg(default=0.0, help="c_ent, 0 to 0.01: reward for staying undecided. 0.1: babble. (S6)")
     # Sampling and evaluation
@@ -112,7 +112,7 @@ class Config:
 
 
 class UserError(Exception):
-    """Something the user can mend: shown as one line, without a traceback."""
+    """Something the user can fix: shown as one line, without a traceback."""
 
 
 def check(fine, message: str):
@@ -121,13 +121,14 @@ def check(fine, message: str):
         raise UserError(message)
 
 
-RANGES = {"gamma": (0, 1), "lam": (0, 1)} | dict.fromkeys(  # every number not named here must be above 0
+# What a number may be, where "above 0" is not the whole truth. A reply must fit behind a prompt into 256 positions.
+RANGES = {"gamma": (0, 1), "lam": (0, 1), "max_new_tokens": (1, 224)} | dict.fromkeys(
     "seed cycles label_noise kl_coef missing_eos_penalty vf_coef ent_coef".split(), (0, math.inf))
 
 
 def parse_config(argv=None) -> Config:
     """Command line -> Config. Raises UserError for an unknown flag or a value that cannot work."""
-    parser = HfArgumentParser(Config, description="PPO for RLHF, from pretraining to the report.", allow_abbrev=False)
+    parser = HfArgumentParser(Config, usage="python ppo_rlhf.py [--FLAG VALUE ...]", allow_abbrev=False)
     parser.error = lambda message: check(False, f"{message} (see --help)")
     cfg, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     check(not unknown, f"unknown argument {' '.join(unknown)} (see --help)")
@@ -142,7 +143,7 @@ def parse_config(argv=None) -> Config:
     try:
         torch.empty(0, device=cfg.device)
     except (RuntimeError, AssertionError):
-        check(False, f"--device {cfg.device} is not to be had on this machine; try --device cpu")
+        check(False, f"--device {cfg.device} is not available; try --device cpu")
     return cfg
 
 
@@ -248,7 +249,7 @@ def write_texts(rng: random.Random, prompts: list[str], mix: dict[str, int], cou
 
 
 def judge(prompt: str, reply: str, finished: bool) -> dict[str, bool | float]:
-    """The simulated human: a rule that no model ever sees; it only ranks replies, and measures results.
+    """The simulated human: a rule that ranks replies and measures results; a reward itself only with --reward human.
 
     helpful   names a step that fits the situation (2 points; a mechanical list that fits: 0.5)
     warm      an opener for this very word, or a friendly closing (1)
@@ -334,14 +335,14 @@ class ActorCritic(nn.Module):
     Critic and reward model are easily confused: the reward model scores a finished reply and never changes; the critic
     predicts, in the middle of a reply, how the present policy will end up, and is trained all along (T7).
 
-    The critic looks at the last two layers through a small network, and its gradient stops there (`detach`). Custom has
+    The critic looks at the last two layers through a small network, and its gradient stops there (`detach`). Usual is
     a single linear layer on the last one, whose loss reaches into the shared layers; then the value loss keeps
     rewriting the features that the policy stands on. notes/guide.md has the comparison.
     """
 
     def __init__(self, lm):
         super().__init__()
-        self.lm = lm.eval()  # eval() for good: dropout would change a token's probability from call to call (N8)
+        self.lm = lm.eval()  # eval() permanently: dropout would change a token's probability from call to call (N8)
         width = lm.config.hidden_size
         self.value_head = nn.Sequential(nn.Linear(2 * width, 2 * width), nn.GELU(), nn.Linear(2 * width, 1))
         for parameter in self.value_head[-1].parameters():
@@ -469,7 +470,10 @@ def fit_language_model(actor, tokenizer, texts, steps, lr, rng, stage, batch_siz
 
 
 def pretrain(prompts: list[str], cfg: Config):
-    """Stage 0 stands in for GPT-2's pretraining: fluent, and no idea what the human wants. -> (tokenizer, actor)"""
+    """Stage 0 stands in for GPT-2's pretraining: fluent, and no idea what the human wants. -> (tokenizer, actor)
+
+    Real pretraining predicts every token of its texts; here, to save time, only those of the reply.
+    """
     rng = stage_rng(cfg, "pretraining")
     texts = write_texts(rng, prompts, PRETRAIN_MIX, 8000)
     tokenizer = train_tokenizer([prompt + reply for prompt, reply in texts])
@@ -603,7 +607,7 @@ class Samples:
 
 @dataclass
 class Rollout(Samples):
-    """All that Phase II needs; every tensor is [B,T] but the scores, and 0 where mask is False."""
+    """All that Phase II needs; the tensors below are [B,T] but for the scores, and 0 where mask is False."""
 
     log_probs: torch.Tensor      # log pi_old(a_t | s_t)
     ref_log_probs: torch.Tensor  # log pi_ref(a_t | s_t)
@@ -770,6 +774,8 @@ def whiten(x, mask, shift_mean: bool = True):
 def collect_rollout(actor, reference, score_fn, prompts: list[str], cfg: Config, tokenizer, kl_coef=None) -> Rollout:
     """Phase I: one reply to each prompt, and for each of its tokens an advantage and a return (L1).
 
+    Step 3 comes before step 2 here: one pass over the replies gives both log-probs and values.
+
     Args:
         actor, reference: ActorCritic models; the reference is frozen.
         score_fn: (prompts, replies, finished) -> one float per reply.
@@ -833,8 +839,8 @@ def update_policy(actor, optimizer, rollout: Rollout, cfg: Config) -> dict[str, 
 
     L = L_policy + c_V * L_V - c_ent * H        (S6: the entropy H is subtracted, for we minimise and want it large)
 
-    Returns the metrics' means over all updates; first_log_ratio is the largest |log rho| before the first of them: 0,
-    or something is wrong with the old log-probs.
+    Returns the metrics' means over all updates; first_log_ratio is the largest |log rho| of the first minibatch,
+    before any step: rounding (below 1e-5), or something is wrong with the old log-probs.
     """
     history = []
     for _ in range(cfg.ppo_epochs):
@@ -925,12 +931,13 @@ def train_ppo(actor, reference, score_fn, tokenizer, prompts: dict[str, list[str
                        **describe(rollout, kl_coef)}
             schedule.step()
             if cycle == 0:
-                say(xray(rollout, tokenizer, cfg, before=before, after=reply_ratio(actor, rollout, cfg)))
+                say(xray(rollout, tokenizer, cfg, rho_start=before, rho_end=reply_ratio(actor, rollout, cfg)))
                 say("  ".join(f"{name:>{len(format(0.0, spec))}}" for name, spec in SHOWN.items()))
             if (cycle + 1) % cfg.eval_every == 0 or cycle + 1 == cfg.cycles:
                 table, _ = evaluate(actor, reference, score_fn, tokenizer, prompts["validation"], 8, cfg, kl_coef)
                 metrics["validation"] = table["objective"].mean().item()
-                if metrics["validation"] > best_objective:
+                # Objectives under different betas cannot be compared: while beta adapts, the latest policy is kept.
+                if metrics["validation"] > best_objective or cfg.kl_target is not None:
                     best, best_objective = copy.deepcopy(actor.state_dict()), metrics["validation"]
             if cfg.kl_target is not None:
                 kl_coef = adapt_kl_coef(kl_coef, metrics["kl"], cfg.kl_target)
@@ -984,8 +991,8 @@ def optimum(scores, kl_coef: float) -> tuple[float, float]:
 
     So no training is needed to know the optimum: sample many replies from the reference, score them, and take the mean
     of exp(r / beta). Few of them carry that sum when beta is small; the effective sample size, (sum w)^2 / sum w^2 with
-    w = exp(r / beta), averaged over the prompts, says how few. When it is small, the best replies were missed and J* is
-    only a lower bound.
+    w = exp(r / beta), averaged over the prompts, says how few. The estimate errs on the low side, by about beta / (2 *
+    effective sample size); when that size is small, the best replies were missed and J* is only a lower bound.
     """
     log_weights = scores.double() / kl_coef                                                             # [prompts,N]
     weights = log_weights.softmax(dim=1)
@@ -1017,13 +1024,13 @@ def show_report(report: dict, replies: dict[str, list[str]], prompts: list[str])
     say(" " * 10 + "".join(f"{column:>10}" for column in columns))
     for name in replies:
         say(f"{name:10}" + "".join(f"{report[name][column]:10.2f}" for column in columns))
-    say("\nhelpful to harmless: share of replies; human: points, 4 at best; reward: what PPO maximised, in standard\n"
-        "deviations of SFT's; kl: nats from SFT; objective: J = reward - beta * kl; win_rate: against SFT, ties half")
+    say("\nhelpful to harmless: share of replies; human: points, 4 at best; reward: PPO's judge, in standard deviations\n"
+        "of SFT's replies if it is the reward model; kl: nats from SFT; objective: J = reward - beta * kl; win_rate: against SFT")
     best, j_sft, j_ppo = report["optimum"], report["sft"]["objective"], report["ppo"]["objective"]
     if best["objective"] is not None:
-        way = f"{best['fraction']:.1%} of the way" if best["fraction"] is not None else "J* is only a lower bound here"
-        say(f"\nTHE OPTIMUM: J(SFT) = {j_sft:.3f}, J(PPO) = {j_ppo:.3f}, and no policy can have more than J* = "
-            f"{best['objective']:.3f}: {way}\n(J* rests on {best['effective_sample_size']:.0f} effective samples each)")
+        way = f"{best['fraction']:.1%} of the way" if best["fraction"] is not None else "or more: too few samples"
+        say(f"\nTHE OPTIMUM: J(SFT) = {j_sft:.3f}, J(PPO) = {j_ppo:.3f}; the best that any policy can have is J* = "
+            f"{best['objective']:.3f}: {way}\n(from {best['effective_sample_size']:.0f} effective samples per prompt)")
     say("\nREPLIES, the first sample of each model")
     for i in range(2, len(prompts), 5):
         say(f"\n  user        {prompts[i].strip()}")
@@ -1043,17 +1050,18 @@ def xray(rollout: Rollout, tokenizer, cfg: Config, row: int = 0, **ratios) -> st
     """One reply under X-ray: article E's table with this run's numbers, a line per token.
 
     KL = log pi - log ref;  r_t from step 2;  V(s_t) from step 3;  delta_t from step 4;  A_t and return from step 5;
-    `ratios` are further columns: step 6's rho_t before and after the update.
+    `ratios` are further columns: step 6's rho_t at the start of the update (1, always) and at its end.
+    What to see: only tokens on which log pi and log ref differ cost KL, and the score arrives at <eos>.
     """
     r, deltas = rollout, td_residuals(rollout.rewards, rollout.values, rollout.mask, cfg.gamma)
     columns = {"log pi": r.log_probs, "log ref": r.ref_log_probs, "KL": r.log_probs - r.ref_log_probs, "r_t": r.rewards,
                "V(s_t)": r.values, "delta_t": deltas, "A_t": r.advantages, "return": r.returns}
     columns = {name: column[row] for name, column in columns.items()} | ratios
     lines = [f'X-RAY of one reply to "{r.prompts[row].strip()}" (score {r.scores[row]:.3f})',
-             f"{'token':14}" + "".join(f"{name:>9}" for name in columns)]
+             f"{'token':12}" + "".join(f"{name:>10}" for name in columns)]
     for t, token in enumerate(r.reply_ids[row][r.mask[row]]):
         word = tokenizer.decode([token]).strip()
-        lines.append(f"{word:14}" + "".join(f"{column[t]:9.3f}" for column in columns.values()))
+        lines.append(f"{word:12}" + "".join(f"{round(x[t].item(), 3) + 0.0:10.3f}" for x in columns.values()))
     return "\n" + "\n".join(lines) + "\n"
 
 
