@@ -1024,8 +1024,8 @@ def show_report(report: dict, replies: dict[str, list[str]], prompts: list[str])
     say(" " * 10 + "".join(f"{column:>10}" for column in columns))
     for name in replies:
         say(f"{name:10}" + "".join(f"{report[name][column]:10.2f}" for column in columns))
-    say("\nhelpful to harmless: share of replies; human: points, 4 at best; reward: PPO's judge, in standard deviations\n"
-        "of SFT's replies if it is the reward model; kl: nats from SFT; objective: J = reward - beta * kl; win_rate: against SFT")
+    say("\nhelpful to harmless: share of replies; human: points, 4 at best; reward: PPO's judge (a model counts\n"
+        "in standard deviations of SFT's replies); kl: nats from SFT; objective: reward - beta*kl; win_rate: over SFT")
     best, j_sft, j_ppo = report["optimum"], report["sft"]["objective"], report["ppo"]["objective"]
     if best["objective"] is not None:
         way = f"{best['fraction']:.1%} of the way" if best["fraction"] is not None else "or more: too few samples"
