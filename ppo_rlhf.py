@@ -925,7 +925,7 @@ def train_ppo(actor, reference, score_fn, tokenizer, prompts: dict[str, list[str
             drawn = rng.choices(prompts["train"], k=cfg.batch_size // cfg.replies_per_prompt)
             asked = [prompt for prompt in drawn for _ in range(cfg.replies_per_prompt)]
             rollout = collect_rollout(actor, reference, score_fn, asked, cfg, tokenizer, kl_coef)
-            before = reply_ratio(actor, rollout, cfg)
+            before = reply_ratio(actor, rollout, cfg) if cycle == 0 else None
             metrics = {"cycle": cycle + 1, "episodes": (cycle + 1) * cfg.batch_size, "kl_coef": kl_coef,
                        "lr": schedule.get_last_lr()[0], **update_policy(actor, optimizer, rollout, cfg),
                        **describe(rollout, kl_coef)}
