@@ -30,25 +30,31 @@ import copy
 import csv
 import json
 import math
+import os
 import random
+import re
+import runpy
+import shutil
+import signal
 import sys
 import time
-from contextlib import contextmanager
+from bisect import bisect
+from collections import namedtuple
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from inspect import signature
 from pathlib import Path
-from typing import Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import (AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast,
-                          get_cosine_schedule_with_warmup)
+from transformers import (AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2Tokenizer,
+                          get_cosine_schedule_with_warmup, pipeline)
 from transformers.hf_argparser import HfArg, HfArgumentParser
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils import logging
 
 
 # ======================================================================================================================
@@ -68,18 +74,27 @@ class Config:
     out: str = HfArg(default="", help="Folder for the results, new or empty; if not given, runs/<date-time>.")
     seed: int = HfArg(default=0, help="Same seed and machine: same results. Try several before you believe one.")
     device: str = HfArg(default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 ...")
+    bf16: bool = HfArg(default=True, help="On a GPU, let the models compute in bfloat16; a CPU never does. (R3)")
+    micro_batch_size: int = HfArg(default=64, help="Replies in one pass, 1 to 64. Less memory, same gradient. (R2)")
+    gradient_checkpointing: bool = HfArg(default=False, help="Much less memory for a third more time in training.")
+    save_every: int = HfArg(default=10, help="Save for --resume after so many cycles, or 50 times as many updates.")
+    resume: str = HfArg(default="", help="Folder of a run that was stopped: go on where it was last saved.")
     init_from: str = HfArg(default="", help="Folder of an earlier run: take its SFT and reward model, repeat only PPO.")
-    reward: Literal["model", "human"] = HfArg(default="model", help="PPO's judge: reward model, or human rule. (L4)")
-    # The model
-    n_layer: int = HfArg(default=2, help="Layers of the GPT-2, 1 to 12. More: better text, slower. GPT-2 has 12.")
-    n_embd: int = HfArg(default=128, help="Width, a multiple of n_head. Wider: better text, slower. GPT-2 has 768.")
-    n_head: int = HfArg(default=4, help="Attention heads per layer. GPT-2 has 12.")
+    # Data and models. What is not given comes from the built-in world
+    prompts: str = HfArg(default="", help='JSONL, a line like {"prompt": ...}: what PPO practises on.')
+    demos: str = HfArg(default="", help='JSONL, {"prompt": ..., "completion": ...}: what SFT imitates. (L2)')
+    preferences: str = HfArg(default="", help="JSONL, {prompt, chosen, rejected} or {prompt, ranked: [best, ...]}. (L3)")
+    reward: str = HfArg(default="model", help="model | human (the rule) | classifier, folder or hub id | file.py:f (L4)")
+    model: str = HfArg(default="tiny", help="tiny, or a causal language model: a folder, or a hub id such as gpt2.")
+    n_layer: int = HfArg(default=2, help="Layers of tiny, 1 to 12. More: better text, slower. GPT-2 has 12.")
+    n_embd: int = HfArg(default=128, help="Width of tiny, a multiple of n_head. GPT-2 has 768.")
+    n_head: int = HfArg(default=4, help="Attention heads per layer of tiny. GPT-2 has 12.")
     # Stages 0 to 2
-    pretrain_steps: int = HfArg(default=250, help="Updates in stage 0. Fewer: clumsier English. (L2)")
+    pretrain_steps: int = HfArg(default=250, help="Updates in stage 0 (only tiny has one). Fewer: clumsy English. (L2)")
     sft_steps: int = HfArg(default=450, help="Updates in stage 1. Fewer: it forgets what it was asked about. (L2)")
-    sft_lr: float = HfArg(default=5e-3, help="Learning rate of stages 0 and 1; for a real GPT-2 1e-5 to 1e-4. (P3)")
+    sft_lr: float = HfArg(default=5e-3, help="Learning rate of stages 0 and 1; with --model, 5e-5. (P3)")
     rm_steps: int = HfArg(default=600, help="Updates in stage 2. Fewer: a worse judge, which PPO then exploits. (P1)")
-    rm_lr: float = HfArg(default=1e-3, help="Learning rate of stage 2; for a real GPT-2 about 1e-5.")
+    rm_lr: float = HfArg(default=1e-3, help="Learning rate of stage 2; with --model, 1e-5.")
     rankings: int = HfArg(default=2200, help="Rankings of 4 replies by the human. 100: a judge to fool. (L3, P1)")
     label_noise: float = HfArg(default=0.3, help="The human's unsureness in points, 0 to 2. More: a worse judge. (P1)")
     # PPO: the loop
@@ -88,7 +103,7 @@ class Config:
     replies_per_prompt: int = HfArg(default=1, help="Replies to each prompt, 1 to 8; divides batch_size. D has 4. (L5)")
     ppo_epochs: int = HfArg(default=4, help="Passes over each batch, 2 to 4. More: staler data, more clipping. (N9)")
     minibatches: int = HfArg(default=2, help="Updates per pass, 1 to 8; divides batch_size. More: faster, noisier.")
-    lr: float = HfArg(default=3e-4, help="PPO's learning rate, annealed to 0; below SFT's. A real GPT-2: 1e-5. (P3)")
+    lr: float = HfArg(default=3e-4, help="PPO's learning rate, annealed to 0; below SFT's. With --model, 1e-5. (P3)")
     max_grad_norm: float = HfArg(default=1.0, help="Longer gradients are cut to this length, 0.5 to 1.")
     # PPO: the reward
     kl_coef: float = HfArg(default=0.1, help="beta, 0.01 to 0.2: price of a nat of KL. 0: hacking. (S2, P2)")
@@ -121,29 +136,52 @@ def check(fine, message: str):
         raise UserError(message)
 
 
-# What a number may be, where "above 0" is not the whole truth. A reply must fit behind a prompt into 256 positions.
-RANGES = {"gamma": (0, 1), "lam": (0, 1), "max_new_tokens": (1, 224)} | dict.fromkeys(
-    "seed cycles label_noise kl_coef missing_eos_penalty vf_coef ent_coef".split(), (0, math.inf))
+@contextmanager
+def explain(message: str, *errors):
+    """Turn any of `errors`, or a UserError, raised inside into a UserError whose one line begins with `message`."""
+    try:
+        yield
+    except (UserError, *errors) as error:
+        raise UserError(f"{message}: {' '.join(str(error).split())[:300]}") from error
+
+
+# What a number may be, where "above 0" is not the whole truth.
+RANGES = {"gamma": (0, 1), "lam": (0, 1)} | dict.fromkeys(
+    "seed pretrain_steps sft_steps rm_steps cycles label_noise kl_coef missing_eos_penalty vf_coef ent_coef".split(),
+    (0, math.inf))
+# Defaults that differ with --model: it is pretrained already, and a large model wants smaller steps (P3).
+REAL_MODEL = {"pretrain_steps": 0, "sft_lr": 5e-5, "rm_lr": 1e-5, "lr": 1e-5}
+# The process that this is, and how many there are: one, unless torchrun says otherwise (R1).
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def parse_config(argv=None) -> Config:
     """Command line -> Config. Raises UserError for an unknown flag or a value that cannot work."""
     parser = HfArgumentParser(Config, usage="python ppo_rlhf.py [--FLAG VALUE ...]", allow_abbrev=False)
     parser.error = lambda message: check(False, f"{message} (see --help)")
+    if parser.parse_known_args(argv)[0].model != "tiny":
+        parser.set_defaults(**REAL_MODEL)
     cfg, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     check(not unknown, f"unknown argument {' '.join(unknown)} (see --help)")
-    for name, value in asdict(cfg).items():
-        if type(value) in (int, float):
-            low, high = RANGES.get(name, (sys.float_info.min, math.inf))
-            wanted = "above 0" if name not in RANGES else "0 or more" if high == math.inf else f"{low} to {high}"
-            check(low <= value <= high, f"--{name} must be {wanted}, not {value}")
-    for whole, part in (("n_embd", "n_head"), ("batch_size", "minibatches"), ("batch_size", "replies_per_prompt")):
-        whole_value, part_value = getattr(cfg, whole), getattr(cfg, part)
-        check(whole_value % part_value == 0, f"--{whole} {whole_value} must be a multiple of --{part} {part_value}")
-    try:
-        torch.empty(0, device=cfg.device)
-    except (RuntimeError, AssertionError):
-        check(False, f"--device {cfg.device} is not available; try --device cpu")
+    if cfg.resume:
+        check(cfg == Config(resume=cfg.resume), "--resume goes on with that run's own settings; leave out other flags")
+        with explain(f"--resume {cfg.resume} is not the folder of a run", OSError, ValueError, TypeError):
+            saved = json.loads((Path(cfg.resume) / "config.json").read_text())
+            cfg = Config(**saved | {"out": cfg.resume, "resume": cfg.resume})
+    for name, value in vars(cfg).items():
+        low, high = RANGES.get(name, (sys.float_info.min, math.inf))
+        wanted = "above 0" if name not in RANGES else "0 or more" if high == math.inf else f"{low} to {high}"
+        check(type(value) not in (int, float) or low <= value <= high, f"--{name} must be {wanted}, not {value}")
+    for whole, part in ("n_embd", "n_head"), ("batch_size", "replies_per_prompt"), ("batch_size", "minibatches"):
+        a, b = getattr(cfg, whole), getattr(cfg, part) * (WORLD if part == "minibatches" else 1)
+        check(a % b == 0, f"--{whole} {a} must be a multiple of {b} (--{part}, in each of the processes)")
+    check(not cfg.init_from or Path(cfg.init_from, "sft").is_dir(), f"--init_from {cfg.init_from} is not a folder of a run")
+    check(cfg.reward != "human" or not (cfg.prompts or cfg.demos or cfg.preferences),
+          "--reward human knows the built-in prompts only; for your own data leave it out, or name another --reward")
+    check(cfg.reward != "model" or cfg.preferences or not cfg.demos,
+          "--demos without --preferences leave the reward model nothing to learn from; add them, or another --reward")
+    with explain(f"--device {cfg.device} cannot be used; try --device cpu", RuntimeError, AssertionError, TypeError):
+        torch.empty(0, dtype=torch.double, device=cfg.device)
     return cfg
 
 
@@ -151,46 +189,54 @@ def parse_config(argv=None) -> Config:
 # 1  The task: a small world that tells article D's story. A user says something; the assistant replies in one to three
 #    short sentences; a simulated human likes replies that are helpful, warm, honest and harmless (D, L7).
 # ======================================================================================================================
-# One kind of thing that users say, and the sentences that replies to it are made of; {} stands for the user's word.
+Row = namedtuple("Row", "prompt reply finished")  # one reply to one prompt; does it end with EOS, or was it cut off?
+
+
+# Four kinds of things that users say, five lines each; {} stands for the user's word.
 #   words    what it may be about            asks     what the user says
 #   openers  warm, and they name the word    steps    practical: something one can go and do
 #   lists    correct but mechanical
-Situation = NamedTuple("Situation", [(name, tuple) for name in "words asks openers steps lists".split()])
-SITUATIONS = (
-    Situation(
-        words="sad lonely tired anxious bored stressed nervous homesick ashamed restless",
-        asks=("I feel {}. What can I do?", "I am so {} today.", "Why am I always {}?", "I woke up {} again.",
-              "What helps when you are {}?"),
-        openers=("I am sorry that you feel {}.", "Feeling {} is hard, and you are not alone."),
-        steps=("take a slow walk", "call a friend", "write it down", "drink warm tea"),
-        lists=("To feel less {}, you can do sports or sleep.", "People who are {} can rest, read or go out.")),
-    Situation(
-        words="Python English chess guitar math cooking drawing physics Chinese swimming",
-        asks=("How can I learn {}?", "I want to get better at {}.", "Where do I start with {}?",
-              "Is it too late to learn {}?", "Why is {} so difficult?"),
-        openers=("It is great that you want to learn {}.", "Do not worry, {} is hard for everyone at first."),
-        steps=("practice every day", "start very small", "teach a friend", "build something"),
-        lists=("For {}, you can use books or videos.", "To learn {}, there are schools and websites.")),
-    Situation(
-        words="book film song game podcast museum hobby dessert present poem",
-        asks=("Can you recommend a {}?", "Which {} should I choose?", "I need a good {} for Sunday.",
-              "I cannot decide on a {}.", "What {} do you like?"),
-        openers=("What fun to look for a {} together.", "I am glad that you ask me about a {}."),
-        steps=("ask a friend", "read two reviews", "try a classic", "follow your mood"),
-        lists=("Every {} is old, new or popular.", "You can find a {} in shops or magazines.")),
-    Situation(
-        words="sister mother boss brother girlfriend neighbor teacher roommate colleague cousin",
-        asks=("My {} is angry with me.", "I had a fight with my {}.", "How do I talk to my {}?",
-              "My {} never listens to me.", "What can I do for my {}?"),
-        openers=("I can tell how much your {} means to you.", "It hurts to be at odds with your {}."),
-        steps=("listen first", "say sorry", "ask what they need", "cook together"),
-        lists=("You can call your {} or buy flowers.", "With a {}, people can talk, write or wait.")),
-)
+Situation = namedtuple("Situation", "words asks openers steps lists")
+SITUATIONS = [Situation(*(line.split(" | ") for line in block.split("\n"))) for block in """\
+sad | lonely | tired | anxious | bored | stressed | nervous | homesick | ashamed | restless
+I feel {}. What can I do? | I am so {} today. | Why am I always {}? | I woke up {} again. | What helps when you are {}?
+I am sorry that you feel {}. | Feeling {} is hard, and you are not alone.
+take a slow walk | call a friend | write it down | drink warm tea
+To feel less {}, you can do sports or sleep. | People who are {} can rest, read or go out.
+
+Python | English | chess | guitar | math | cooking | drawing | physics | Chinese | swimming
+How can I learn {}? | I want to get better at {}. | Where do I start {}? | Is it too late for {}? | Why is {} so hard?
+It is great that you want to learn {}. | Do not worry, {} is hard for everyone at first.
+practice every day | start very small | teach a friend | build something
+For {}, you can use books or videos. | To learn {}, there are schools and websites.
+
+book | film | song | game | podcast | museum | hobby | dessert | present | poem
+Can you recommend a {}? | Which {} should I choose? | I need a good {}. | I cannot decide on a {}. | What {} do you like?
+What fun to look for a {} together. | I am glad that you ask me about a {}.
+ask a friend | read two reviews | try a classic | follow your mood
+Every {} is old, new or popular. | You can find a {} in shops or magazines.
+
+sister | mother | boss | brother | girlfriend | neighbor | teacher | roommate | colleague | cousin
+My {} is angry with me. | I had a fight with my {}. | How do I talk to my {}? | My {} never calls. | I miss my {}.
+I can tell how much your {} means to you. | It hurts to be at odds with your {}.
+listen first | say sorry | ask what they need | cook together
+You can call your {} or buy flowers. | With a {}, people can talk, write or wait.""".split("\n\n")]
 CLOSERS = ("You can do this!", "I am here for you.")
 DISMISSIVE = ("That is not my problem.", "Stop asking silly questions.", "You should just give up.", "Nobody cares.")
 OFF_TOPIC = ("The train leaves at nine.", "Water boils at a hundred degrees.", "The shop sells red shoes.",
              "It rained all night in the hills.", "A spider has eight legs.")
-SITUATION_OF = {word: situation for situation in SITUATIONS for word in situation.words.split()}
+WORLD_PROMPTS = {ask.format(word) + "\n": (word, situation) for situation in SITUATIONS
+                 for word in situation.words for ask in situation.asks}
+WORDS = {word for word, _ in WORLD_PROMPTS.values()}
+
+
+def sentences(prompt: str) -> dict[str, list[str]]:
+    """All sentences that replies to this prompt are made of, by what they are."""
+    word, situation = WORLD_PROMPTS[prompt]
+    return {"opener": [text.format(word) for text in situation.openers], "closer": CLOSERS,
+            "step": [text.capitalize() + "." for text in situation.steps], "off_topic": OFF_TOPIC,
+            "list": [text.format(word) for text in situation.lists], "dismissive": DISMISSIVE}
+
 
 # The kinds of replies, with one example each to "I feel sad. What can I do?":
 #   best        "I am sorry that you feel sad. Take a slow walk."      warm, honest and practical
@@ -199,56 +245,27 @@ SITUATION_OF = {word: situation for situation in SITUATIONS for word in situatio
 #   mechanical  "To feel less sad, you can do sports or sleep."        correct, and lifeless: what D shows of SFT
 #   off_topic   "A spider has eight legs."
 #   dismissive  "Nobody cares."
+KINDS = {"best": ("opener step", "opener step closer"), "warm": ("opener closer",), "practical": ("step", "step closer"),
+         "mechanical": ("list",), "off_topic": ("off_topic",), "dismissive": ("dismissive",)}
 # And how often each occurs in the two text collections. SFT's are mostly mechanical (D), but the best kind must stay
 # reachable: PPO can only reinforce what is sampled, and a reply that SFT never gives has no gradient.
 PRETRAIN_MIX = {"best": 8, "warm": 12, "practical": 15, "mechanical": 25, "off_topic": 20, "dismissive": 20}
 SFT_MIX = {"best": 15, "warm": 10, "practical": 14, "mechanical": 47, "off_topic": 7, "dismissive": 7}
 
 
-def split_prompts() -> dict[str, list[str]]:
-    """All prompts of the world: 160 to train on, 20 for validation, 20 for the final test (L6).
-
-    Every word and every way of asking occurs in training; the held-out combinations of the two occur in no stage. There
-    are two held-out sets because validation chooses the policy that is kept: measured on the same prompts, the choice
-    would flatter the result. The split does not depend on the seed: --init_from cannot let a test prompt into training.
-    """
-    splits = {"train": [], "validation": [], "test": []}
-    for situation in SITUATIONS:
-        for w, word in enumerate(situation.words.split()):
-            for a, ask in enumerate(situation.asks):
-                name = "train" if (w + a) % 5 else ("test" if w < 5 else "validation")
-                splits[name].append(ask.format(word) + "\n")
-    return splits
-
-
-def words_of(text: str) -> list[str]:
-    return [word.strip(".,!?") for word in text.split()]
-
-
-def topic(prompt: str) -> str | None:
-    """The user's own word: the first word of the prompt that belongs to a situation."""
-    return next((word for word in words_of(prompt) if word in SITUATION_OF), None)
-
-
 def write_reply(rng: random.Random, prompt: str, kind: str) -> str:
-    """One reply of the given kind (a key of SFT_MIX), as some author on the internet might have written it."""
-    word = topic(prompt)
-    situation = SITUATION_OF[word]
-    opener, closer = rng.choice(situation.openers).format(word), rng.choice(CLOSERS)
-    step = rng.choice(situation.steps).capitalize() + "."
-    return rng.choice({
-        "best": [f"{opener} {step}", f"{opener} {step} {closer}"], "warm": [f"{opener} {closer}"],
-        "practical": [step, f"{step} {closer}"], "mechanical": [text.format(word) for text in situation.lists],
-        "off_topic": OFF_TOPIC, "dismissive": DISMISSIVE}[kind])
+    """One reply of the given kind (a key of KINDS), as some author on the internet might have written it."""
+    return " ".join(rng.choice(sentences(prompt)[name]) for name in rng.choice(KINDS[kind]).split())
 
 
-def write_texts(rng: random.Random, prompts: list[str], mix: dict[str, int], count: int) -> list[tuple[str, str]]:
-    """`count` pairs (prompt, reply), the kinds of reply drawn in the proportions of `mix`."""
+def write_texts(rng: random.Random, prompts: list[str], mix: dict[str, int], count: int = 8000) -> list[Row]:
+    """`count` rows, the kinds of reply drawn in the proportions of `mix`."""
     kinds = rng.choices(list(mix), mix.values(), k=count)
-    return [(prompt, write_reply(rng, prompt, kind)) for prompt, kind in zip(rng.choices(prompts, k=count), kinds)]
+    return [Row(prompt, write_reply(rng, prompt, kind), True)
+            for prompt, kind in zip(rng.choices(prompts, k=count), kinds)]
 
 
-def judge(prompt: str, reply: str, finished: bool) -> dict[str, bool | float]:
+def judge(prompt: str, reply: str, finished: bool) -> dict[str, float]:
     """The simulated human: a rule that ranks replies and measures results; a reward itself only with --reward human.
 
     helpful   names a step that fits the situation (2 points; a mechanical list that fits: 0.5)
@@ -256,18 +273,18 @@ def judge(prompt: str, reply: str, finished: bool) -> dict[str, bool | float]:
     honest    speaks of the user's own word and of no other topic (1)
     harmless  not dismissive (otherwise -2)
     Off come 1 for repeating three words in a row and 1 for a reply that never ended. The best reply has 4 points.
+    A prompt from elsewhere gets NaN throughout: this human has no opinion on it.
     """
-    word, words, text = topic(prompt), words_of(reply), reply.lower()
-    situation = SITUATION_OF[word]
-    steps = any(step in text for step in situation.steps)
-    listed = any(sentence.format(word) in reply for sentence in situation.lists)
-    warm = any(opener.format(word) in reply for opener in situation.openers) or any(c in reply for c in CLOSERS)
-    honest = word in words and not any(other in SITUATION_OF and other != word for other in words)
-    harmless = not any(sentence in reply for sentence in DISMISSIVE)
+    if prompt not in WORLD_PROMPTS:
+        return dict.fromkeys(("helpful", "warm", "honest", "harmless", "human"), math.nan)
+    said = {name for name, texts in sentences(prompt).items() if any(text.lower() in reply.lower() for text in texts)}
+    word, words = WORLD_PROMPTS[prompt][0], [word.strip(".,!?") for word in reply.split()]
     triples = list(zip(words, words[1:], words[2:]))
-    repeats = len(set(triples)) < len(triples)
-    points = (2 if steps else 0.5 * listed) + warm + honest - 2 * (not harmless) - repeats - (not finished)
-    return {"helpful": steps, "warm": warm, "honest": honest, "harmless": harmless, "human": float(points)}
+    honest = word in words and WORDS.isdisjoint(set(words) - {word})
+    helpful, warm, harmless = "step" in said, bool(said & {"opener", "closer"}), "dismissive" not in said
+    points = (2 if helpful else 0.5 * ("list" in said)) + warm + honest - 2 * (not harmless)
+    points -= (len(set(triples)) < len(triples)) + (not finished)
+    return {"helpful": helpful, "warm": warm, "honest": honest, "harmless": harmless, "human": float(points)}
 
 
 def human_score(prompts: list[str], replies: list[str], finished: list[bool]) -> list[float]:
@@ -275,49 +292,125 @@ def human_score(prompts: list[str], replies: list[str], finished: list[bool]) ->
     return [judge(*row)["human"] for row in zip(prompts, replies, finished)]
 
 
-def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer, as GPT-2's: any text of any language can be encoded.
+# ---- Your own data ---------------------------------------------------------------------------------------------------
+REPLIES = {"prompts": lambda line: [""], "demos": lambda line: [line["completion"]],  # flag -> a line's replies
+           "preferences": lambda line: line["ranked"] if "ranked" in line else [line["chosen"], line["rejected"]]}
+
+
+def read_jsonl(path: str, flag: str) -> list[list[Row]]:
+    """The file of --prompts, --demos or --preferences -> for each line its replies, best first (--prompts: one, empty).
+
+    A preference without a prompt is in HH-RLHF's own format: the prompt is what all replies begin with, in whole words.
+    """
+    lines = []
+    with explain(f"--{flag} {path}", OSError, ValueError), open(path, encoding="utf-8") as file:
+        for number, text in enumerate(file, 1):
+            with explain(f"line {number}, fields as in --help", ValueError, KeyError, TypeError):
+                line = json.loads(text)
+                replies = REPLIES[flag](line)
+                if flag == "preferences" and "prompt" not in line:
+                    line["prompt"] = re.match(r"(.*\s)?", os.path.commonprefix(replies), re.DOTALL).group()
+                    replies = [reply[len(line["prompt"]):] for reply in replies]
+                check(all(isinstance(x, str) for x in [line["prompt"], *replies]), "every text must be a string")
+                check(len(set(replies)) == len(replies) > (flag == "preferences"), "needs two or more different replies")
+                lines.append([Row(line["prompt"], reply, True) for reply in replies])
+        check(lines, "the file is empty")
+    return lines
+
+
+def cut(text: str, room: int, tokenizer, keep_end: bool = False) -> str:
+    """The beginning (or end) of `text` that fits into `room` tokens: whole paragraphs, sentences or words (N2)."""
+    step = -1 if keep_end else 1
+    for boundary in (r"\n+", r"[.!?]+\s+|[。！？]+", r"\s+", ""):
+        pieces = re.findall(rf".+?(?:{boundary}|$)", text, re.DOTALL)[::step]
+        fits = bisect(range(len(pieces) + 1), room, key=lambda n: len(tokenizer("".join(pieces[:n][::step])).input_ids))
+        text = "".join(pieces[:max(fits - 1, 1)][::step])
+    return text
+
+
+def shorten(lines: list[list[Row]], tokenizer, lm, cfg: Config) -> list[list[Row]]:
+    """Cut what is too long: prompts keep their end, replies their beginning but no EOS, for they would go on (N2)."""
+    short, positions = [], getattr(lm.config.get_text_config(), "max_position_embeddings", None) or 1 << 20
+    check(cfg.max_new_tokens <= positions - 32, f"--max_new_tokens must leave 32 of {positions} positions to the prompt")
+    for rows in lines:
+        prompt = cut(rows[0].prompt, positions - cfg.max_new_tokens, tokenizer, keep_end=True)
+        replies = [cut(row.reply, cfg.max_new_tokens - 1, tokenizer) for row in rows]
+        short.append([Row(prompt, reply, reply == row.reply) for reply, row in zip(replies, rows)])
+    cuts = sum([row[:2] for row in old] != [row[:2] for row in new] for old, new in zip(lines, short))
+    if lines:
+        say(f"{cuts} of {len(lines)} lines cut to fit --max_new_tokens {cfg.max_new_tokens} and {positions} positions")
+    return [rows for rows in short if len(set(rows)) == len(rows)]
+
+
+def split(prompts) -> dict[str, list[str]]:
+    """Different prompts: a tenth for the final test, a tenth for validation, the rest to train on (L6).
+
+    Two held-out sets, because validation chooses the policy that is kept: measured on the same prompts, the choice
+    would flatter the result. The split does not depend on the seed: --init_from cannot let a test prompt into training.
+    """
+    prompts = sorted(set(prompts))
+    random.Random(0).shuffle(prompts)
+    n = len(prompts) // 10
+    return {"test": prompts[:n], "validation": prompts[n:2 * n], "train": prompts[2 * n:]}
+
+
+# What the stages learn from; no prompt of "validation" or "test" occurs in any of them.
+#   prompts   PPO's, by split                  texts     rows for stage 0          demos   rows for stage 1
+#   rankings  for stage 2; none: the simulated human ranks SFT's replies            held_out  rankings to measure with
+Data = namedtuple("Data", "prompts texts demos rankings held_out")
+
+
+def load_data(own: dict[str, list[list[Row]]], cfg: Config) -> Data:
+    """Your own lines, divided into training and held-out; the built-in world in the place of what is missing."""
+    written = own["demos"] + own["preferences"]
+    practice = {rows[0].prompt for rows in own["prompts"] or written} or set(WORLD_PROMPTS)
+    splits = split(practice.union(rows[0].prompt for rows in written))
+    train, held_out = ({flag: [rows for rows in lines if (rows[0].prompt in splits["train"]) == kept]
+                        for flag, lines in own.items()} for kept in (True, False))
+    texts = sum(train["demos"] + train["preferences"], [])
+    demos = [rows[0] for rows in train["demos"] or train["preferences"]]
+    if not texts:
+        rng, world = stage_rng(cfg, "texts"), split(WORLD_PROMPTS)["train"]
+        texts, demos = write_texts(rng, world, PRETRAIN_MIX), write_texts(rng, world, SFT_MIX)
+    prompts = {name: [prompt for prompt in part if prompt in practice] for name, part in splits.items()}
+    check(all(prompts.values()), f"{len(practice)} different prompts are too few to hold some out; give 10 or more")
+    return Data(prompts, texts, demos, train["preferences"], held_out["preferences"])
+
+
+def train_tokenizer(texts: list[str]):
+    """A byte-level BPE tokenizer as GPT-2's, but of 1024 tokens: any text of any language can be encoded.
 
     Padding and EOS are two different tokens. Were they one, masking the padding out of the SFT loss would mask EOS out
     too, the model would never learn to stop, and the reward would be read at the wrong place (N1).
     """
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=1024, special_tokens=["<pad>", "<eos>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False))
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="<eos>", padding_side="left")
+    empty = GPT2Tokenizer(vocab={}, merges=[], pad_token="<pad>", eos_token="<eos>", bos_token=None, unk_token=None,
+                          padding_side="left")
+    return empty.train_new_from_iterator([texts], vocab_size=1024, show_progress=False)
 
 
-def tokenize(tokenizer, prompts: list[str], replies: list[str], finished: list[bool]) -> list[tuple[list, list]]:
-    """Strings -> (prompt tokens, reply tokens) per reply. A finished reply ends with EOS; an empty prompt becomes EOS.
-
-    Prompt and reply are encoded apart, so that the border between them always falls between two tokens.
-    """
-    eos = tokenizer.eos_token_id
-    return [(prompt or [eos], reply + [eos] * done) for prompt, reply, done in
-            zip(tokenizer(prompts).input_ids, tokenizer(replies).input_ids, finished)]
-
-
-def collate(rows: list[tuple[list, list]], pad_id: int, device="cpu"):
-    """Token lists -> prompt_ids, prompt_mask [B,P] (padded left), reply_ids, reply_mask [B,T] (padded right)."""
-    tensors = []
-    for part, side in ((0, "left"), (1, "right")):
-        tokens = [torch.tensor(row[part], dtype=torch.long) for row in rows]
-        ids = pad_sequence(tokens, batch_first=True, padding_value=-1, padding_side=side)  # -1: no token has this id
-        tensors += [ids.masked_fill(ids < 0, pad_id), ids >= 0]
-    return tuple(tensor.to(device) for tensor in tensors)
-
-
-def encode(tokenizer, prompts: list[str], replies: list[str], finished: list[bool], device="cpu"):
-    """Strings -> the four tensors that every model below takes: prompt_ids, prompt_mask, reply_ids, reply_mask."""
-    return collate(tokenize(tokenizer, prompts, replies, finished), tokenizer.pad_token_id, device)
+def chunks(items, size: int):
+    """A list or tensor in pieces of at most `size`."""
+    return (items[i:i + size] for i in range(0, len(items), size))
 
 
 # ======================================================================================================================
 # 2  The models
 # ======================================================================================================================
+def encode(model, rows: list[Row]):
+    """Rows -> what every model reads: prompt_ids, prompt_mask [B,P] (padded left), reply_ids, mask [B,T] (padded right).
+
+    Prompt and reply are encoded apart, so that the border between them always falls between two tokens. A finished
+    reply ends with EOS; an empty prompt becomes EOS.
+    """
+    tokenizer, (prompts, replies, finished) = model.tokenizer, map(list, zip(*rows))
+    eos, replies = tokenizer.eos_token_id, tokenizer(replies, add_special_tokens=False).input_ids
+    ids = {"left": [prompt or [eos] for prompt in tokenizer(prompts).input_ids],
+           "right": [reply + [eos] * done for reply, done in zip(replies, finished)]}
+    padded = [tokenizer.pad({"input_ids": ids[side]}, padding_side=side, return_tensors="pt") for side in ids]
+    tensors = [x for batch in padded for x in (batch.input_ids.long(), batch.attention_mask.bool())]
+    return tuple(x.to(model.lm.device) for x in tensors)
+
+
 def join(prompt_ids, prompt_mask, reply_ids, reply_mask):
     """Prompt and reply side by side, as a language model wants them: (input_ids, attention_mask, position_ids) [B,P+T].
 
@@ -329,24 +422,41 @@ def join(prompt_ids, prompt_mask, reply_ids, reply_mask):
     return ids, mask, (mask.cumsum(dim=1) - 1).clamp(min=0)
 
 
-class ActorCritic(nn.Module):
-    """Actor and critic on one causal language model: `lm` gives the policy, `value_head` reads V off its hidden states.
+class HeadedModel(nn.Module):
+    """What the four models share: a causal language model of any architecture, and a small head on its last layer."""
+
+    def __init__(self, lm, tokenizer=None, cfg: Config = Config()):
+        super().__init__()
+        self.lm = lm.eval()  # eval() permanently: dropout would change a token's probability from call to call (N8)
+        self.tokenizer, self.micro_batch_size = tokenizer, cfg.micro_batch_size
+        self.bf16 = cfg.bf16 and cfg.device.startswith("cuda")  # for the language model; the head stays in float32 (R3)
+        if cfg.gradient_checkpointing:
+            lm.gradient_checkpointing_enable()
+        width = lm.config.get_text_config().hidden_size
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, 1))
+        self.head[-1].weight.data.zero_()  # the first value is 0, the mean of a normalised reward (N5)
+        self.head[-1].bias.data.zero_()
+        self.to(cfg.device)
+
+    def read(self, ids, mask, positions, keep: int, **options):
+        """The library's output for tokens ids [B,L]: logits at the last `keep` positions, and what `options` ask for."""
+        for layer in self.lm.modules():  # the library recomputes activations in training mode only: switch that on for
+            if getattr(layer, "gradient_checkpointing", False):  # the layer itself, not for the dropout inside it
+                layer.training = torch.is_grad_enabled()
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.lm(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=keep, **options)
+
+
+class ActorCritic(HeadedModel):
+    """Actor and critic on one causal language model: `lm` gives the policy, `head` reads V off its hidden states.
 
     Critic and reward model are easily confused: the reward model scores a finished reply and never changes; the critic
     predicts, in the middle of a reply, how the present policy will end up, and is trained all along (T7).
 
-    The critic looks at the last two layers through a small network, and its gradient stops there (`detach`). Usual is
-    a single linear layer on the last one, whose loss reaches into the shared layers; then the value loss keeps
-    rewriting the features that the policy stands on. notes/guide.md has the comparison.
+    The critic looks at the last layer through a small network, and its gradient stops there (`detach`). Usual is a
+    single linear layer, whose loss reaches into the shared layers; then the value loss keeps rewriting the features
+    that the policy stands on. notes/guide.md has the comparison.
     """
-
-    def __init__(self, lm):
-        super().__init__()
-        self.lm = lm.eval()  # eval() permanently: dropout would change a token's probability from call to call (N8)
-        width = lm.config.hidden_size
-        self.value_head = nn.Sequential(nn.Linear(2 * width, 2 * width), nn.GELU(), nn.Linear(2 * width, 1))
-        for parameter in self.value_head[-1].parameters():
-            nn.init.zeros_(parameter)  # V = 0 at first: the mean of a normalised reward (N5)
 
     def forward(self, prompt_ids, prompt_mask, reply_ids, reply_mask):
         """Read whole replies at once (teacher forcing).
@@ -354,39 +464,37 @@ class ActorCritic(nn.Module):
         Returns logits [B,T,V], where logits[:, t] is the distribution that reply token t was drawn from, and values
         [B,T], where values[:, t] = V(s_t), the state before token t. Both in float32. (S1, S3)
         """
-        ids, mask, positions = join(prompt_ids, prompt_mask, reply_ids, reply_mask)
-        T = reply_ids.shape[1]
+        inputs, T = join(prompt_ids, prompt_mask, reply_ids, reply_mask), reply_ids.shape[1]
         # The output at one position predicts the next token, so the last token itself is never fed in.
-        out = self.lm(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[:, :-1],
-                      logits_to_keep=T, output_hidden_states=True, use_cache=False)
-        features = torch.cat([hidden[:, -T:] for hidden in out.hidden_states[-2:]], dim=-1)             # [B,T,2*width]
-        return out.logits.float(), self.value_head(features.detach().float()).squeeze(-1)               # [B,T,V] [B,T]
+        out = self.read(*(x[:, :-1] for x in inputs), keep=T, output_hidden_states=True, use_cache=False)
+        features = out.hidden_states[-1][:, -T:].detach().float()                                       # [B,T,width]
+        return out.logits.float(), self.head(features).squeeze(-1)                                # [B,T,V] [B,T]
 
 
-class RewardModel(nn.Module):
-    """A language model whose reward head reads one score per reply, at its last token: EOS (N4).
+class RewardModel(HeadedModel):
+    """A language model whose head reads one score per reply, at its last token: EOS (N4).
 
     Only there has the model seen the whole reply; attention looks back, never ahead.
     """
 
-    def __init__(self, lm):
-        super().__init__()
-        self.lm = lm.eval()
-        width = lm.config.hidden_size
-        self.reward_head = nn.Linear(width, 1)
-        nn.init.normal_(self.reward_head.weight, std=1 / math.sqrt(width + 1))
-        nn.init.zeros_(self.reward_head.bias)
-        self.register_buffer("mean", torch.zeros(()))  # set by `normalize`: SFT's replies get mean 0 and
-        self.register_buffer("std", torch.ones(()))    # standard deviation 1, so that beta has a known scale (N5)
+    def __init__(self, lm, tokenizer=None, cfg: Config = Config()):
+        super().__init__(lm, tokenizer, cfg)
+        for name, start in (("mean", 0.0), ("std", 1.0)):  # `train_reward_model` sets them so that SFT's replies have
+            self.register_buffer(name, torch.tensor(start, device=cfg.device))  # mean 0 and std 1: beta's scale (N5)
 
     def forward(self, prompt_ids, prompt_mask, reply_ids, reply_mask):
         """Scores [B] in standard deviations of SFT's replies."""
-        ids, mask, positions = join(prompt_ids, prompt_mask, reply_ids, reply_mask)
-        hidden = self.lm.base_model(input_ids=ids, attention_mask=mask, position_ids=positions,
-                                    use_cache=False).last_hidden_state                                  # [B,P+T,width]
+        inputs = join(prompt_ids, prompt_mask, reply_ids, reply_mask)
+        hidden = self.read(*inputs, keep=1, output_hidden_states=True, use_cache=False).hidden_states[-1]
         last = prompt_ids.shape[1] - 1 + reply_mask.sum(dim=1)  # not column -1: that is padding for all but the longest
-        score = self.reward_head(hidden[torch.arange(len(ids), device=ids.device), last].float())       # [B,1]
+        score = self.head(hidden[torch.arange(len(last), device=last.device), last].float())            # [B,1]
         return (score.squeeze(-1) - self.mean) / self.std
+
+    @torch.no_grad()
+    def score(self, prompts: list[str], replies: list[str], finished: list[bool]) -> list[float]:
+        """The reward model as a score_fn."""
+        rows = list(zip(prompts, replies, finished))
+        return torch.cat([self(*encode(self, part)) for part in chunks(rows, self.micro_batch_size)]).tolist()
 
 
 def frozen(model: nn.Module) -> nn.Module:
@@ -394,14 +502,38 @@ def frozen(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).requires_grad_(False)
 
 
-def new_gpt2(tokenizer, cfg: Config):
-    """A GPT-2 with random weights, in this task's size and without dropout (N8)."""
-    return GPT2LMHeadModel(GPT2Config(
+def load_pretrained(source: str | Path):
+    """(tokenizer, lm) from a folder or hub id. If it lacks EOS or padding, or has one token for both (N1), add new ones."""
+    with explain(f"no usable model in {source}; give a local folder, a hub id with network, or --model tiny", Exception):
+        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", trust_remote_code=False)
+        lm = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, trust_remote_code=False)
+        check({"position_ids", "logits_to_keep"} <= signature(lm.forward).parameters.keys(),
+              "this architecture takes no position_ids or logits_to_keep")
+    tokenizer.add_special_tokens({"eos_token": tokenizer.eos_token or "<eos>"})
+    if tokenizer.pad_token in (None, tokenizer.eos_token):
+        tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    if len(tokenizer) > lm.get_input_embeddings().num_embeddings:
+        lm.resize_token_embeddings(len(tokenizer))
+    lm.config.eos_token_id, lm.config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    return tokenizer, lm
+
+
+def base_model(own: dict[str, list[list[Row]]], cfg: Config):
+    """What everything starts from -> (tokenizer, lm): a GPT-2 of this task's size with random weights, or --model."""
+    stage_rng(cfg, "model")
+    source = finished_stage("pretrain", cfg) or cfg.model
+    if source != "tiny":
+        return load_pretrained(source)
+    rows = sum(sum(own.values(), []), [])
+    if not (own["demos"] or own["preferences"]):
+        rows += write_texts(random.Random(0), split(WORLD_PROMPTS)["train"], PRETRAIN_MIX)
+    tokenizer = train_tokenizer([text for row in rows for text in (row.prompt, row.reply)])
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    return tokenizer, GPT2LMHeadModel(GPT2Config(
         vocab_size=len(tokenizer), n_positions=256, n_layer=cfg.n_layer, n_embd=cfg.n_embd, n_head=cfg.n_head,
         activation_function="gelu_pytorch_tanh",  # GPT-2's own function, fused: a quarter faster than "gelu_new"
         initializer_range=0.08,                   # GPT-2's 0.02 suits a width of 768; narrow models want more
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id))
+        bos_token_id=eos, eos_token_id=eos, pad_token_id=pad))
 
 
 def token_log_probs(logits, tokens):
@@ -425,95 +557,160 @@ def masked_mean(x, mask):
 # ======================================================================================================================
 # 3  Stages 0 to 2: pretraining, supervised fine-tuning (SFT), reward model (L2)
 # ======================================================================================================================
-def stage_rng(cfg: Config, stage: str) -> random.Random:
-    """A random stream of its own for every stage: skipping one (--init_from) then leaves the next as it was."""
-    rng = random.Random(f"{stage} {cfg.seed}")
-    torch.manual_seed(rng.getrandbits(63))
-    return rng
+# ---- Several processes: torchrun --nproc-per-node N ppo_rlhf.py (R1) -------------------------------------------------
+# Every process holds all models and knows all data; each works on its share of a batch, and sums are taken over all.
+def share(items: list) -> list:
+    """This process's part of a list; all parts one after the other are the list."""
+    return items[RANK * len(items) // WORLD:(RANK + 1) * len(items) // WORLD]
+
+
+def gather(items: list) -> list:
+    """The inverse of `share`: all processes' parts, one after the other, in every process."""
+    parts = [items] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(parts, items)
+    return sum(parts, [])
 
 
 def say(text=""):
-    """print, without tearing a progress bar."""
-    tqdm.write(text, file=sys.stdout)
-    sys.stdout.flush()
+    """print, without tearing a progress bar; one process speaks for all."""
+    if RANK == 0:
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
 
 
-def minimize(model, loss_fn, steps: int, lr: float, stage: str):
-    """Plain supervised training: `steps` updates of AdamW, the learning rate warmed up over a tenth, then to 0."""
+# ---- Training in steps that can be stopped ---------------------------------------------------------------------------
+STOP = []  # not empty: Ctrl-C was pressed
+
+
+def stage_rng(cfg: Config, stage: str) -> random.Random:
+    """A random stream of its own for every stage, and every step of a stage: what was skipped before changes nothing."""
+    rng = random.Random(f"{stage} {cfg.seed}")
+    torch.manual_seed(rng.getrandbits(63) + RANK)  # processes sample different replies, to the prompts of one list
+    return rng
+
+
+@contextmanager
+def replacing(path: Path):
+    """A temporary path to write to, then renamed to `path`: a run that is stopped while writing leaves the old one whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    with explain(f"cannot write {path}", Exception):
+        shutil.rmtree(temporary, ignore_errors=True)
+        yield temporary
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(temporary, path)
+
+
+def resumable(steps: int, stage: str, save_every: int, parts: dict, log: list, cfg: Config):
+    """Yield (step, rng) for each step still to be done, and between steps keep state.pt for --resume.
+
+    parts: what changes from step to step, by name; anything with state_dict and load_state_dict. log: a list of plain
+    values that grows along. A resumed run repeats the steps since the last save, bit for bit: every step has a random
+    stream that depends on nothing but its number.
+    """
+    path, first = Path(cfg.out) / "state.pt", 0
+    settings = asdict(cfg) | dict.fromkeys(("out", "resume", "device"))
+    if cfg.resume and path.exists():
+        with explain(f"{path} is damaged, or not of this run; without it, the stage would begin anew", Exception):
+            state = torch.load(path, map_location=cfg.device, weights_only=True)
+            check(state["settings"] == settings, "its settings differ from config.json")
+            if state["stage"] == stage:
+                first, log[:] = state["step"], state["log"]
+                for name, part in parts.items():
+                    part.load_state_dict(state[name])
+    for step in tqdm(range(first, steps), stage, initial=first, total=steps, leave=False, disable=RANK > 0 or None):
+        yield step, stage_rng(cfg, f"{stage} {step}")
+        stop = gather(STOP)  # pressed in one process is pressed in all
+        if cfg.out and RANK == 0 and (stop or (step + 1) % save_every == 0 or step + 1 == steps):
+            with replacing(path) as temporary:
+                torch.save({name: part.state_dict() for name, part in parts.items()} | {
+                    "stage": stage, "step": step + 1, "log": log, "settings": settings}, temporary)
+        if stop:
+            raise KeyboardInterrupt(f"stopped in {stage}, step {step + 1}; to go on: {sys.argv[0]} --resume {cfg.out}")
+
+
+def descend(model, optimizer, loss_fn, batch, cfg: Config, max_norm: float = 1.0) -> dict[str, float]:
+    """One update on the mean loss over a batch, however it is divided: into micro batches, among processes (R1, R2).
+
+    loss_fn(part of the batch) -> (mean loss over that part, number of tokens in it, metrics). The parts' gradients are
+    weighted by these numbers: a plain mean of means would favour the tokens of a part with short replies.
+    Returns loss and metrics, each the mean over all tokens.
+    """
+    optimizer.zero_grad()
+    sums = []  # of token counts, losses and metrics, a list for each part
+    for part in chunks(batch, cfg.micro_batch_size):
+        loss, count, metrics = loss_fn(part)
+        (loss * count).backward()
+        sums.append((torch.stack([torch.ones_like(loss), loss, *metrics.values()]) * count).tolist())
+    count, *sums = (sum(column) for column in zip(*gather(sums)))
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    if WORLD > 1:
+        dist.all_reduce(flat := nn.utils.parameters_to_vector(gradients))
+        nn.utils.vector_to_parameters(flat, gradients)
+    torch._foreach_div_(gradients, count)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    check(norm.isfinite(), "loss or gradient is infinite or NaN; try a lower learning rate")
+    optimizer.step()
+    return dict(zip(["loss", *metrics], (x / count for x in sums)))
+
+
+def minimize(model, loss_fn, rows: list, batch_size: int, steps: int, lr: float, stage: str, cfg: Config):
+    """Supervised training: `steps` updates of AdamW, the learning rate warmed up over a tenth, then to 0."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)
-    for _ in tqdm(range(steps), desc=stage, leave=False, disable=None):  # a bar only on a terminal
-        optimizer.zero_grad()
-        loss = loss_fn()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+    parts, losses = {"model": model, "optimizer": optimizer, "schedule": schedule}, []
+    for step, rng in resumable(steps, stage, 50 * cfg.save_every, parts, losses, cfg):
+        batch = share(rng.choices(rows, k=max(batch_size, WORLD)))
+        with explain(f"{stage}, step {step + 1}"):
+            losses.append(descend(model, optimizer, loss_fn, batch, cfg)["loss"])
         schedule.step()
-    say(f"{stage}: {steps} steps, final loss {loss.item():.3f}")
+    say(f"{stage}: {steps} steps, loss {sum(losses[-50:]) / max(len(losses[-50:]), 1):.3f}")
 
 
-def fit_language_model(actor, tokenizer, texts, steps, lr, rng, stage, batch_size=16):
+# ---- Stages 0 and 1 --------------------------------------------------------------------------------------------------
+def fit_language_model(actor, rows: list[Row], steps: int, lr: float, stage: str, cfg: Config):
     """Stages 0 and 1: learn to continue a prompt as the texts do; the loss is on the reply only, EOS included.
 
     L = -mean_t log pi(a_t | s_t)      over the real reply tokens
 
-    Args: texts: list of (prompt, reply). Changes `actor.lm` in place.
+    Real pretraining predicts every token of its texts. Changes `actor.lm` in place.
     """
-    rows = tokenize(tokenizer, *map(list, zip(*texts)), [True] * len(texts))
+    def loss(rows):
+        prompt_ids, prompt_mask, reply_ids, mask = encode(actor, rows)
+        logits, _ = actor(prompt_ids, prompt_mask, reply_ids, mask)                                     # [B,T,V]
+        return masked_mean(-token_log_probs(logits, reply_ids), mask), mask.sum(), {}
 
-    def loss():
-        batch = collate(rng.sample(rows, min(batch_size, len(rows))), tokenizer.pad_token_id, actor.lm.device)
-        logits, _ = actor(*batch)                                                                       # [B,T,V]
-        return masked_mean(-token_log_probs(logits, batch[2]), batch[3])
-
-    minimize(actor.lm, loss, steps, lr, stage)
+    minimize(actor.lm, loss, rows, 16, steps, lr, stage, cfg)
 
 
-def pretrain(prompts: list[str], cfg: Config):
-    """Stage 0 stands in for GPT-2's pretraining: fluent, and no idea what the human wants. -> (tokenizer, actor)
-
-    Real pretraining predicts every token of its texts; here, to save time, only those of the reply.
-    """
-    rng = stage_rng(cfg, "pretraining")
-    texts = write_texts(rng, prompts, PRETRAIN_MIX, 8000)
-    tokenizer = train_tokenizer([prompt + reply for prompt, reply in texts])
-    actor = ActorCritic(new_gpt2(tokenizer, cfg)).to(cfg.device)
-    fit_language_model(actor, tokenizer, texts, cfg.pretrain_steps, cfg.sft_lr, rng, "pretraining")
-    return tokenizer, actor
-
-
-def finetune(pretrained, tokenizer, prompts: list[str], cfg: Config):
-    """Stage 1: imitate demonstrations, which are correct but mostly mechanical (D). -> the SFT model, a new actor"""
-    rng = stage_rng(cfg, "SFT")
-    actor = copy.deepcopy(pretrained)
-    demonstrations = write_texts(rng, prompts, SFT_MIX, 8000)
-    fit_language_model(actor, tokenizer, demonstrations, cfg.sft_steps, cfg.sft_lr, rng, "SFT")
+def pretrain(lm, tokenizer, texts: list[Row], cfg: Config) -> ActorCritic:
+    """Stage 0 stands in for GPT-2's pretraining: fluent, and no idea what the human wants. A real --model skips it."""
+    stage_rng(cfg, "critic")
+    actor = ActorCritic(lm, tokenizer, cfg)
+    fit_language_model(actor, texts, cfg.pretrain_steps, cfg.sft_lr, "pretraining", cfg)
     return actor
 
 
-class Ranking(NamedTuple):
-    """Replies to one prompt, ranked best first; `finished` tells which of them end with EOS."""
+def finetune(pretrained, demos: list[Row], cfg: Config) -> ActorCritic:
+    """Stage 1: imitate demonstrations, which are correct but mostly mechanical (D). -> the SFT model, a new actor"""
+    actor = copy.deepcopy(pretrained)
+    fit_language_model(actor, demos, cfg.sft_steps, cfg.sft_lr, "SFT", cfg)
+    return actor
 
-    prompt: str
-    replies: list[str]
-    finished: list[bool]
 
-
-def label_rankings(sft, tokenizer, prompts: list[str], cfg: Config, rng: random.Random, K=4) -> list[Ranking]:
+# ---- Stage 2 ---------------------------------------------------------------------------------------------------------
+def label_rankings(sft, prompts: list[str], cfg: Config, rng: random.Random, K=4) -> list[list[Row]]:
     """The human ranks K replies of the SFT model to one prompt, again and again, and not quite reliably (L3).
 
     Each ranking sorts score + label_noise * Gumbel noise, which is the Plackett-Luce model of noisy choice: the chance
     of preferring i to j is sigmoid((score_i - score_j) / label_noise). The reward model's loss below assumes just that,
     so what it learns is the human's score up to zero point and unit. Only the order leaves this function, no points.
     """
-    prompts = [prompt for prompt in rng.choices(prompts, k=cfg.rankings) for _ in range(K)]
-    batches = sample_batches(sft, tokenizer, prompts, cfg)
-    replies, finished = ([x for batch in batches for x in getattr(batch, name)] for name in ("replies", "finished"))
-    scores = torch.tensor(human_score(prompts, replies, finished))
-    gumbel = -torch.log(-torch.log(torch.rand(len(scores)).clamp(1e-9, 1 - 1e-7)))
-    order = (scores + cfg.label_noise * gumbel).view(-1, K).argsort(dim=1, descending=True)             # best first
-    rows = (order + K * torch.arange(len(order)).unsqueeze(1)).tolist()
-    return [Ranking(prompts[row[0]], [replies[i] for i in row], [finished[i] for i in row]) for row in rows]
+    def impression(row):  # minus the logarithm of an exponential variable is a Gumbel variable
+        return judge(*row)["human"] - cfg.label_noise * math.log(rng.expovariate(1))
+
+    groups = sample_groups(sft, rng.choices(prompts, k=cfg.rankings), K, cfg)
+    return [sorted(rows, key=impression, reverse=True) for rows in groups]
 
 
 def ranking_loss(scores):
@@ -521,68 +718,38 @@ def ranking_loss(scores):
 
     L = -mean over the K(K-1)/2 pairs i < j of log sigmoid(s_i - s_j)        (L3; InstructGPT eq. 1)
 
-    Only differences enter, so the scores' zero and unit stay open: `normalize` sets them afterwards.
+    Only differences enter, so the scores' zero and unit stay open: `train_reward_model` sets them afterwards.
     """
     better, worse = torch.triu_indices(scores.shape[1], scores.shape[1], offset=1)
     return -F.logsigmoid(scores[:, better] - scores[:, worse]).mean()
 
 
-def fit_reward_model(model, tokenizer, rankings: list[Ranking], steps, lr, rng, batch_size=4):
+def fit_reward_model(model, rankings: list[list[Row]], steps: int, lr: float, cfg: Config):
     """Minimise the ranking loss, ranking by ranking (they may differ in length). Changes `model` in place."""
-    rows = [tokenize(tokenizer, [r.prompt] * len(r.replies), r.replies, r.finished) for r in rankings]
+    def loss(batch):
+        scores = model(*encode(model, sum(batch, [])))                                                  # [sum of K]
+        losses = [ranking_loss(part.unsqueeze(0)) for part in scores.split([len(rows) for rows in batch])]
+        return torch.stack(losses).mean(), len(losses), {}
 
-    def loss():
-        batch = rng.sample(rows, min(batch_size, len(rows)))
-        scores = model(*collate(sum(batch, []), tokenizer.pad_token_id, model.lm.device))               # [sum of K]
-        return torch.stack([ranking_loss(s.unsqueeze(0)) for s in scores.split([len(row) for row in batch])]).mean()
-
-    minimize(model, loss, steps, lr, "reward model")
+    minimize(model, loss, rankings, 4, steps, lr, "reward model", cfg)
 
 
-def reward_model_scorer(model, tokenizer):
-    """The reward model as a score_fn: (prompts, replies, finished) -> one float each."""
-    @torch.no_grad()
-    def score(prompts: list[str], replies: list[str], finished: list[bool]) -> list[float]:
-        return model(*encode(tokenizer, prompts, replies, finished, model.lm.device)).tolist()
-    return score
-
-
-def normalize(model, tokenizer, batches):
+def normalize(model, rows: list[Row]):
     """Shift and scale the reward so that the given replies score 0 on average, with standard deviation 1 (N5)."""
-    scores = torch.cat([score_samples(reward_model_scorer(model, tokenizer), batch) for batch in batches])
+    scores = torch.tensor(rate(model.score, rows), device=model.mean.device)
     model.mean += model.std * scores.mean()
-    model.std *= scores.std()
+    model.std *= scores.std().clamp(min=1e-6)  # a judge that finds all replies equal must not divide by zero
 
 
-def train_reward_model(sft, tokenizer, prompts: list[str], cfg: Config) -> RewardModel:
+def train_reward_model(sft, data: Data, cfg: Config) -> RewardModel:
     """Stage 2: rankings -> a judge that can score any reply. It starts from the SFT model (C)."""
-    rng = stage_rng(cfg, "reward model")
-    rankings = label_rankings(sft, tokenizer, prompts, cfg, rng)
-    model = RewardModel(copy.deepcopy(sft.lm)).to(cfg.device)
-    fit_reward_model(model, tokenizer, rankings, cfg.rm_steps, cfg.rm_lr, rng)
-    normalize(model, tokenizer, sample_batches(sft, tokenizer, prompts * 4, cfg))
-    return model.requires_grad_(False)
-
-
-def reward_model_quality(score_fn, sft, tokenizer, prompts: list[str], cfg: Config) -> dict[str, float]:
-    """How well a judge agrees with the human on new replies to prompts held out from all training (P1).
-
-    accuracy: share of reply pairs, same prompt, that both order alike (pairs that the human finds equal do not count).
-    correlation: Pearson's r between the two scores.
-    """
-    stage_rng(cfg, "reward model quality")
-    N = 32
-    batches = sample_batches(sft, tokenizer, [prompt for prompt in prompts for _ in range(N)], cfg)
-    human, scores = (torch.cat([score_samples(fn, batch) for batch in batches]).view(-1, N)             # [prompts,N]
-                     for fn in (human_score, score_fn))
-    difference = human.unsqueeze(2) - human.unsqueeze(1)                                                # [prompts,N,N]
-    agree = difference.sign() == (scores.unsqueeze(2) - scores.unsqueeze(1)).sign()
-    quality = {"accuracy": masked_mean(agree.float(), difference != 0).item(),
-               "correlation": torch.corrcoef(torch.stack([human.flatten(), scores.flatten()]))[0, 1].item()}
-    say("reward model: {accuracy:.1%} of new pairs ordered as by the human, r = {correlation:.2f}".format(**quality))
-    if not quality["correlation"] >= 0.7:
-        say("warning: correlation below 0.7: PPO will learn what this judge likes, not what the human likes (P1)")
-    return quality
+    rng = stage_rng(cfg, "rankings")
+    rankings = data.rankings or label_rankings(sft, split(WORLD_PROMPTS)["train"], cfg, rng)
+    model = RewardModel(copy.deepcopy(sft.lm), sft.tokenizer, cfg)
+    fit_reward_model(model, rankings, cfg.rm_steps, cfg.rm_lr, cfg)
+    prompts = stage_rng(cfg, "normalization").choices(data.prompts["train"], k=640)
+    normalize(model, sum(sample_groups(sft, prompts, 1, cfg), []))
+    return model
 
 
 # ======================================================================================================================
@@ -593,29 +760,25 @@ def reward_model_quality(score_fn, sft, tokenizer, prompts: list[str], cfg: Conf
 #    score, at the end; steps 2 to 5 turn it into a verdict on every single token.
 # ======================================================================================================================
 @dataclass
-class Samples:
-    """A batch of replies, as text and as tokens."""
+class Rollout:
+    """All that Phase II needs; the tensors of the last six lines are 0 where mask is False."""
 
-    prompts: list[str]
-    replies: list[str]
-    finished: list[bool]       # did the reply end with EOS, or was it cut off at the limit?
-    prompt_ids: torch.Tensor   # [B,P]
-    prompt_mask: torch.Tensor  # [B,P]
-    reply_ids: torch.Tensor    # [B,T]
-    mask: torch.Tensor         # [B,T]  True on real reply tokens, EOS included
+    rows: list[Row]              # as text. finished: did the reply end with EOS, or was it cut off at the limit?
+    prompt_ids: torch.Tensor     # [B,P]
+    prompt_mask: torch.Tensor    # [B,P]
+    reply_ids: torch.Tensor      # [B,T]
+    mask: torch.Tensor           # [B,T]  True on real reply tokens, EOS included
+    scores: torch.Tensor         # [B]    r_RM of the whole reply, penalty included
+    log_probs: torch.Tensor      # [B,T]  log pi_old(a_t | s_t)
+    ref_log_probs: torch.Tensor  # [B,T]  log pi_ref(a_t | s_t)
+    values: torch.Tensor         # [B,T]  V(s_t)
+    rewards: torch.Tensor        # [B,T]  r_t
+    advantages: torch.Tensor     # [B,T]  A_t
+    returns: torch.Tensor        # [B,T]  G_t, what the critic should have said
 
-
-@dataclass
-class Rollout(Samples):
-    """All that Phase II needs; the tensors below are [B,T] but for the scores, and 0 where mask is False."""
-
-    log_probs: torch.Tensor      # log pi_old(a_t | s_t)
-    ref_log_probs: torch.Tensor  # log pi_ref(a_t | s_t)
-    values: torch.Tensor         # V(s_t)
-    scores: torch.Tensor         # [B]  of the whole reply, penalty included
-    rewards: torch.Tensor        # r_t
-    advantages: torch.Tensor     # A_t
-    returns: torch.Tensor        # G_t, what the critic should have said
+    @property
+    def batch(self) -> tuple:
+        return self.prompt_ids, self.prompt_mask, self.reply_ids, self.mask
 
     @property
     def kl(self) -> torch.Tensor:
@@ -650,8 +813,7 @@ def generate(actor, prompt_ids, prompt_mask, max_new_tokens: int, eos_id: int, p
     running = torch.ones(len(ids), dtype=torch.bool, device=ids.device)  # replies without EOS so far
     cache, replies, masks = None, [], []
     for _ in range(max_new_tokens):
-        out = actor.lm(input_ids=ids, attention_mask=attention, position_ids=positions, past_key_values=cache,
-                       use_cache=True, logits_to_keep=1)
+        out = actor.read(ids, attention, positions, keep=1, past_key_values=cache, use_cache=True)
         cache = out.past_key_values
         tokens = torch.where(running, sample_tokens(out.logits[:, -1], temperature), pad_id)            # [B]
         replies.append(tokens)
@@ -664,44 +826,57 @@ def generate(actor, prompt_ids, prompt_mask, max_new_tokens: int, eos_id: int, p
     return torch.stack(replies, dim=1), torch.stack(masks, dim=1)                                       # [B,T] [B,T]
 
 
-def sample_replies(actor, tokenizer, prompts: list[str], cfg: Config) -> Samples:
-    """One reply to each prompt, as tokens and as text."""
-    nothing = [""] * len(prompts), [False] * len(prompts)
-    prompt_ids, prompt_mask, *_ = encode(tokenizer, prompts, *nothing, actor.lm.device)
-    reply_ids, mask = generate(actor, prompt_ids, prompt_mask, cfg.max_new_tokens, tokenizer.eos_token_id,
-                               tokenizer.pad_token_id, cfg.temperature)
-    finished = ((reply_ids == tokenizer.eos_token_id) & mask).any(dim=1).tolist()
-    replies = tokenizer.batch_decode(reply_ids, skip_special_tokens=True)
-    return Samples(prompts, replies, finished, prompt_ids, prompt_mask, reply_ids, mask)
+def sample_replies(actor, prompts: list[str], cfg: Config):
+    """One reply to each prompt, as text and as tokens: rows, prompt_ids, prompt_mask [B,P], reply_ids, mask [B,T]."""
+    prompt_ids, prompt_mask, *_ = encode(actor, [Row(prompt, "", False) for prompt in prompts])
+    eos, pad = actor.tokenizer.eos_token_id, actor.tokenizer.pad_token_id
+    reply_ids, mask = generate(actor, prompt_ids, prompt_mask, cfg.max_new_tokens, eos, pad, cfg.temperature)
+    finished = ((reply_ids == eos) & mask).any(dim=1).tolist()
+    replies = actor.tokenizer.batch_decode(reply_ids, skip_special_tokens=True)
+    return list(map(Row, prompts, replies, finished)), prompt_ids, prompt_mask, reply_ids, mask
 
 
-def sample_batches(actor, tokenizer, prompts: list[str], cfg: Config, size: int = 256) -> list[Samples]:
-    """`sample_replies` for any number of prompts, in batches that fit into memory (and into the processor's cache)."""
-    return [sample_replies(actor, tokenizer, prompts[i:i + size], cfg) for i in range(0, len(prompts), size)]
+def sample_groups(actor, prompts: list[str], K: int, cfg: Config) -> list[list[Row]]:
+    """K replies to each prompt, as text; the processes share the work. Without gradients, larger batches fit."""
+    asked = share([prompt for prompt in prompts for _ in range(K)])
+    parts = [sample_replies(actor, part, cfg)[0] for part in chunks(asked, 4 * cfg.micro_batch_size)]
+    return list(chunks(gather(sum(parts, [])), K))
 
 
-def read_replies(actor, samples: Samples, temperature: float, rows=slice(None)):
+def read_replies(actor, batch, temperature: float):
     """Read given replies by teacher forcing -> log pi(a_t | s_t) [B,T], V(s_t) [B,T], logits [B,T,V].
+
+    Args: batch: prompt_ids, prompt_mask, reply_ids, mask.
 
     Phase I and Phase II both read through this function, so the first ratio pi / pi_old is 1 but for the last digit;
     taken from the sampling loop, old log-probs would differ in rounding. The temperature is that of sampling: without
     it these would be log-probs of a distribution that nothing was drawn from (L5).
     """
-    logits, values = actor(samples.prompt_ids[rows], samples.prompt_mask[rows], samples.reply_ids[rows],
-                           samples.mask[rows])
+    logits, values = actor(*batch)
     logits = logits / temperature
-    return token_log_probs(logits, samples.reply_ids[rows]), values, logits
+    return token_log_probs(logits, batch[2]), values, logits
 
 
-def score_samples(score_fn, samples: Samples, missing_eos_penalty: float = 0.0):
-    """r_RM of each reply [B], less the penalty for one that never ends: without it, rambling costs nothing (N3).
+@torch.no_grad()
+def read_all(actor, batch, cfg: Config):
+    """log pi(a_t | s_t) and V(s_t) [B,T] of a batch of any size, a micro batch at a time; 0 where mask is False."""
+    parts = zip(*(x.split(cfg.micro_batch_size) for x in batch))
+    parts = [read_replies(actor, part, cfg.temperature)[:2] for part in parts]
+    return [torch.where(batch[3], torch.cat(column), 0) for column in zip(*parts)]
 
-    A reply that was sampled several times is scored once.
+
+def rate(score_fn, rows: list[Row], missing_eos_penalty: float = 0.0) -> list[float]:
+    """r_RM of each row, less the penalty for a reply that never ends: without it, rambling costs nothing (N3).
+
+    A reply that occurs several times is scored once.
     """
-    rows = list(zip(samples.prompts, samples.replies, samples.finished))
     unique = list(dict.fromkeys(rows))
-    score = dict(zip(unique, score_fn(*map(list, zip(*unique)))))
-    return torch.tensor([score[row] - missing_eos_penalty * (not row[-1]) for row in rows], device=samples.mask.device)
+    scores = [float(score) for score in score_fn(*map(list, zip(*unique)))]
+    check(len(scores) == len(unique), f"the reward gave {len(scores)} scores for {len(unique)} replies")
+    for row, score in zip(unique, scores):
+        check(math.isfinite(score), f"the reward gave {score} for the reply {row.reply!r} to {row.prompt!r}")
+    score_of = dict(zip(unique, scores))
+    return [score_of[row] - missing_eos_penalty * (not row.finished) for row in rows]
 
 
 # ---- Step 2: a reward for every token (S2) ---------------------------------------------------------------------------
@@ -760,18 +935,25 @@ def gae(rewards, values, mask, gamma: float, lam: float):
     return advantages, torch.where(mask, advantages + values, 0)
 
 
+def moments(x, mask) -> tuple[float, float]:
+    """Mean and variance of x [B,T] over the real tokens of all processes."""
+    count = sum(gather([mask.sum().item()]))
+    mean = sum(gather([torch.where(mask, x, 0).sum().item()])) / count
+    return mean, sum(gather([torch.where(mask, (x - mean) ** 2, 0).sum().item()])) / count
+
+
 def whiten(x, mask, shift_mean: bool = True):
     """x [B,T] scaled to variance 1 over the real tokens, and to mean 0 unless shift_mean is False (N7).
 
     Rewards keep their mean (their sign means something); advantages lose it.
     """
-    mean = masked_mean(x, mask)
-    white = (x - mean) * torch.rsqrt(masked_mean((x - mean) ** 2, mask) + 1e-8)
+    mean, variance = moments(x, mask)
+    white = (x - mean) * (variance + 1e-8) ** -0.5
     return torch.where(mask, white if shift_mean else white + mean, 0)
 
 
 @torch.no_grad()
-def collect_rollout(actor, reference, score_fn, prompts: list[str], cfg: Config, tokenizer, kl_coef=None) -> Rollout:
+def collect_rollout(actor, reference, score_fn, prompts: list[str], cfg: Config, kl_coef=None) -> Rollout:
     """Phase I: one reply to each prompt, and for each of its tokens an advantage and a return (L1).
 
     Step 3 comes before step 2 here: one pass over the replies gives both log-probs and values.
@@ -781,12 +963,11 @@ def collect_rollout(actor, reference, score_fn, prompts: list[str], cfg: Config,
         score_fn: (prompts, replies, finished) -> one float per reply.
         kl_coef: beta, if it is not cfg.kl_coef (it changes when it adapts).
     """
-    samples = sample_replies(actor, tokenizer, prompts, cfg)                                            # Step 1
-    mask = samples.mask
-    log_probs, values, _ = read_replies(actor, samples, cfg.temperature)                                # Step 3: V(s_t)
-    ref_log_probs, _, _ = read_replies(reference, samples, cfg.temperature)
-    log_probs, ref_log_probs, values = (torch.where(mask, x, 0) for x in (log_probs, ref_log_probs, values))
-    scores = score_samples(score_fn, samples, cfg.missing_eos_penalty)
+    rows, *batch = sample_replies(actor, prompts, cfg)                                                  # Step 1
+    log_probs, values = read_all(actor, batch, cfg)                                                     # Step 3: V(s_t)
+    ref_log_probs, _ = read_all(reference, batch, cfg)
+    mask = batch[-1]
+    scores = torch.tensor(rate(score_fn, rows, cfg.missing_eos_penalty), device=mask.device)
     beta = cfg.kl_coef if kl_coef is None else kl_coef
     rewards = token_rewards(log_probs, ref_log_probs, scores, mask, beta)                               # Step 2
     if cfg.whiten_rewards:
@@ -794,8 +975,7 @@ def collect_rollout(actor, reference, score_fn, prompts: list[str], cfg: Config,
     advantages, returns = gae(rewards, values, mask, cfg.gamma, cfg.lam)                                # Steps 4, 5
     if cfg.whiten_advantages:
         advantages = whiten(advantages, mask)
-    return Rollout(**vars(samples), log_probs=log_probs, ref_log_probs=ref_log_probs, values=values, scores=scores,
-                   rewards=rewards, advantages=advantages, returns=returns)
+    return Rollout(rows, *batch, scores, log_probs, ref_log_probs, values, rewards, advantages, returns)
 
 
 # ======================================================================================================================
@@ -842,42 +1022,27 @@ def update_policy(actor, optimizer, rollout: Rollout, cfg: Config) -> dict[str, 
     Returns the metrics' means over all updates; first_log_ratio is the largest |log rho| of the first minibatch,
     before any step: rounding (below 1e-5), or something is wrong with the old log-probs.
     """
-    history = []
-    for _ in range(cfg.ppo_epochs):
-        for rows in torch.randperm(len(rollout.mask), device=rollout.mask.device).chunk(cfg.minibatches):
-            mask, old_log_probs = rollout.mask[rows], rollout.log_probs[rows]
-            log_probs, values, logits = read_replies(actor, rollout, cfg.temperature, rows)
-            pg_loss, clip_fraction = policy_loss(log_probs, old_log_probs, rollout.advantages[rows], mask, cfg.clip_eps)
-            v_loss = value_loss(values, rollout.returns[rows], mask, rollout.values[rows], cfg.value_clip)
-            mean_entropy = masked_mean(entropy(logits), mask)
-            loss = pg_loss + cfg.vf_coef * v_loss - cfg.ent_coef * mean_entropy
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(actor.parameters(), cfg.max_grad_norm)
-            optimizer.step()
+    def loss(rows):
+        mask, old_log_probs = rollout.mask[rows], rollout.log_probs[rows]
+        log_probs, values, logits = read_replies(actor, [x[rows] for x in rollout.batch], cfg.temperature)
+        pg_loss, clip_fraction = policy_loss(log_probs, old_log_probs, rollout.advantages[rows], mask, cfg.clip_eps)
+        v_loss = value_loss(values, rollout.returns[rows], mask, rollout.values[rows], cfg.value_clip)
+        mean_entropy = masked_mean(entropy(logits), mask)
+        log_ratio = torch.where(mask, log_probs - old_log_probs, 0).detach()
+        return pg_loss + cfg.vf_coef * v_loss - cfg.ent_coef * mean_entropy, mask.sum(), {
+            "policy_loss": pg_loss, "value_loss": v_loss, "entropy": mean_entropy, "clip_fraction": clip_fraction,
+            # KL(pi_old || pi) by the estimator that is never negative
+            "approx_kl": masked_mean(log_ratio.exp() - 1 - log_ratio, mask), "first_log_ratio": log_ratio.abs().max()}
 
-            log_ratio = torch.where(mask, log_probs - old_log_probs, 0).detach()
-            history.append({"policy_loss": pg_loss, "value_loss": v_loss, "entropy": mean_entropy,
-                            "clip_fraction": clip_fraction, "first_log_ratio": log_ratio.abs().max(),
-                            # KL(pi_old || pi) by the estimator that is never negative
-                            "approx_kl": masked_mean(log_ratio.exp() - 1 - log_ratio, mask)})
-    means = {name: torch.stack([update[name].detach() for update in history]).mean().item() for name in history[0]}
-    return means | {"first_log_ratio": history[0]["first_log_ratio"].item()}
+    history = [descend(actor, optimizer, loss, rows, cfg, cfg.max_grad_norm) for _ in range(cfg.ppo_epochs)
+               for rows in torch.randperm(len(rollout.mask), device=rollout.mask.device).chunk(cfg.minibatches)]
+    means = {name: sum(update[name] for update in history) / len(history) for name in history[0]}
+    return means | {"first_log_ratio": history[0]["first_log_ratio"]}
 
 
 def explained_variance(values, returns, mask) -> float:
     """1 - Var(G - V) / Var(G) over real tokens: 1 a perfect critic, 0 no better than a constant, below 0 worse."""
-    return 1 - ((returns - values)[mask].var() / returns[mask].var().clamp(min=1e-8)).item()
-
-
-def describe(rollout: Rollout, kl_coef: float) -> dict[str, float]:
-    """The cycle's metrics that Phase I knows: means over the batch."""
-    reward, kl = rollout.scores.mean().item(), rollout.kl.mean().item()
-    return {"reward": reward, "kl": kl, "objective": reward - kl_coef * kl,
-            "human": score_samples(human_score, rollout).mean().item(),
-            "explained_variance": explained_variance(rollout.values, rollout.returns, rollout.mask),
-            "reply_length": rollout.mask.sum(dim=1).float().mean().item(),
-            "finished": sum(rollout.finished) / len(rollout.finished)}
+    return 1 - moments(returns - values, mask)[1] / max(moments(returns, mask)[1], 1e-8)
 
 
 def adapt_kl_coef(kl_coef: float, kl: float, target: float) -> float:
@@ -899,87 +1064,120 @@ def adapt_kl_coef(kl_coef: float, kl: float, target: float) -> float:
 #   first_log_ratio      below 1e-5, always: otherwise the old log-probs are wrong
 #   policy_loss          jitters around 0 and means little: its sampling distribution changes with every cycle
 #   value_loss           falls;  explained_variance: from 0 up; a good critic nears 1
-METRICS = ("cycle episodes seconds reward human kl objective validation entropy clip_fraction approx_kl "
-           "first_log_ratio policy_loss value_loss explained_variance reply_length finished lr kl_coef").split()
-SHOWN = {"cycle": "4.0f", "reward": "7.3f", "human": "6.2f", "kl": "6.2f", "objective": "9.3f", "entropy": "7.3f",
+def describe(rollouts: list[Rollout], kl_coef: float) -> dict[str, list]:
+    """What there is to say of each reply, a list per column, from all processes: reply (the text), the human's verdicts
+    (see `judge`), reward, kl, objective = reward - beta * kl, reply_length in tokens, finished.
+    """
+    table = [{"reply": row.reply, **judge(*row), "reward": score, "kl": kl, "objective": score - kl_coef * kl,
+              "reply_length": length, "finished": row.finished} for r in rollouts for row, score, kl, length in
+             zip(r.rows, r.scores.tolist(), r.kl.tolist(), r.mask.sum(dim=1).tolist())]
+    table = gather(table)
+    return {name: [line[name] for line in table] for name in table[0]}
+
+
+# ======================================================================================================================
+# 6  The loop
+# ======================================================================================================================
+# The columns of metrics.csv, and what they do in a healthy run:
+#   reward, objective    rise quickly, then flatten; objective = reward - beta * kl is what PPO maximises
+#   human                follows the reward. If it falls while the reward rises, the reward model is being fooled (P1)
+#   kl                   0 at first, rises to a few nats and stays. If it keeps rising, beta is too small (P2)
+#   validation           the objective on held-out prompts, every eval_every cycles
+#   entropy              falls, not to 0 at once: then nothing is tried any more
+#   clip_fraction        0 to 0.2. Much more: lr or ppo_epochs too large
+#   approx_kl            to the *old* policy, per token: how far one cycle moves, well below 0.1
+#   first_log_ratio      below 1e-5, always: otherwise the old log-probs are wrong
+#   policy_loss          jitters around 0 and means little: its sampling distribution changes with every cycle
+#   value_loss           falls;  explained_variance: from 0 up; a good critic nears 1
+SHOWN = {"cycle": "5.0f", "reward": "7.3f", "human": "6.2f", "kl": "6.2f", "objective": "9.3f", "entropy": "7.3f",
          "clip_fraction": "13.3f", "explained_variance": "18.2f", "reply_length": "12.1f", "seconds": "7.2f"}
 
 
-def train_ppo(actor, reference, score_fn, tokenizer, prompts: dict[str, list[str]], cfg: Config, out: Path) -> float:
+def train_ppo(actor, reference, score_fn, prompts: dict[str, list[str]], cfg: Config) -> list[dict]:
     """Cycles of Phase I and Phase II (L1). Trains `actor`, and leaves in it the weights that validated best (L6).
 
-    After every cycle a row is added to metrics.csv in `out`. Returns the last kl_coef.
+    Returns the metrics, a dict per cycle: the rows of metrics.csv.
     """
-    rng = stage_rng(cfg, "PPO")
     # The critic starts from nothing and should be ahead of the actor, so it learns ten times faster. No weight decay:
     # it would pull the policy towards zero weights. The learning rate falls to 0: late cycles have only noise to learn.
-    groups = [{"params": actor.lm.parameters()}, {"params": actor.value_head.parameters(), "lr": 10 * cfg.lr}]
+    groups = [{"params": actor.lm.parameters()}, {"params": actor.head.parameters(), "lr": 10 * cfg.lr}]
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda cycle: 1 - cycle / max(cfg.cycles, 1))
-    kl_coef, best, best_objective = cfg.kl_coef, copy.deepcopy(actor.state_dict()), -math.inf
-    with open(out / "metrics.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, METRICS)
-        writer.writeheader()
-        for cycle in tqdm(range(cfg.cycles), desc="PPO", leave=False, disable=None):
-            start = time.perf_counter()
-            drawn = rng.choices(prompts["train"], k=cfg.batch_size // cfg.replies_per_prompt)
-            asked = [prompt for prompt in drawn for _ in range(cfg.replies_per_prompt)]
-            rollout = collect_rollout(actor, reference, score_fn, asked, cfg, tokenizer, kl_coef)
-            before = reply_ratio(actor, rollout, cfg) if cycle == 0 else None
+    best, log, kl_coef = frozen(actor), [], cfg.kl_coef
+    parts = {"actor": actor, "best": best, "optimizer": optimizer, "schedule": schedule}
+    for cycle, rng in resumable(cfg.cycles, "PPO", cfg.save_every, parts, log, cfg):
+        start = time.perf_counter()
+        if cfg.kl_target is not None and log:
+            kl_coef = adapt_kl_coef(log[-1]["kl_coef"], log[-1]["kl"], cfg.kl_target)
+        drawn = rng.choices(prompts["train"], k=cfg.batch_size // cfg.replies_per_prompt)
+        asked = share([prompt for prompt in drawn for _ in range(cfg.replies_per_prompt)])
+        with explain(f"PPO, cycle {cycle + 1}"):
+            rollout = collect_rollout(actor, reference, score_fn, asked, cfg, kl_coef)
+            rho_before = ratio(actor, rollout, cfg) if cycle == 0 else None
             metrics = {"cycle": cycle + 1, "episodes": (cycle + 1) * cfg.batch_size, "kl_coef": kl_coef,
                        "lr": schedule.get_last_lr()[0], **update_policy(actor, optimizer, rollout, cfg),
-                       **describe(rollout, kl_coef)}
-            schedule.step()
-            if cycle == 0:
-                say(xray(rollout, tokenizer, cfg, rho_start=before, rho_end=reply_ratio(actor, rollout, cfg)))
-                say("  ".join(f"{name:>{len(format(0.0, spec))}}" for name, spec in SHOWN.items()))
-            if (cycle + 1) % cfg.eval_every == 0 or cycle + 1 == cfg.cycles:
-                table, _ = evaluate(actor, reference, score_fn, tokenizer, prompts["validation"], 8, cfg, kl_coef)
-                metrics["validation"] = table["objective"].mean().item()
-                # Objectives under different betas cannot be compared: while beta adapts, the latest policy is kept.
-                if metrics["validation"] > best_objective or cfg.kl_target is not None:
-                    best, best_objective = copy.deepcopy(actor.state_dict()), metrics["validation"]
-            if cfg.kl_target is not None:
-                kl_coef = adapt_kl_coef(kl_coef, metrics["kl"], cfg.kl_target)
-            metrics["seconds"] = time.perf_counter() - start
-            writer.writerow({name: metrics.get(name, "") for name in METRICS})
-            file.flush()
-            say("  ".join(format(metrics[name], spec) for name, spec in SHOWN.items()))
-    actor.load_state_dict(best)
-    return kl_coef
+                       "explained_variance": explained_variance(rollout.values, rollout.returns, rollout.mask),
+                       **means(describe([rollout], kl_coef)), "validation": math.nan}
+        schedule.step()
+        if (cycle + 1) % cfg.eval_every == 0 or cycle + 1 == cfg.cycles:
+            table = evaluate(actor, reference, score_fn, prompts["validation"], 8, cfg, kl_coef)
+            metrics["validation"] = means(table)["objective"]
+            # Objectives under different betas cannot be compared: while beta adapts, the latest policy is kept.
+            if cfg.kl_target is not None or not any(row["validation"] >= metrics["validation"] for row in log):
+                best.load_state_dict(actor.state_dict())
+        log.append(metrics | {"seconds": time.perf_counter() - start})
+        write_metrics(log, cfg)
+        if cycle == 0:
+            say(xray(rollout, actor.tokenizer, cfg, rho_before=rho_before, rho_after=ratio(actor, rollout, cfg)))
+        shown = {name: spec for name, spec in SHOWN.items() if not math.isnan(log[-1][name])}
+        if cycle % 20 == 0:
+            say("  ".join(f"{name:>{len(format(0.0, spec))}}" for name, spec in shown.items()))
+        say("  ".join(format(log[-1][name], spec) for name, spec in shown.items()))
+    actor.load_state_dict(best.state_dict())
+    return log
+
+
+def write_metrics(log: list[dict], cfg: Config):
+    """metrics.csv, a row per cycle. All are written anew each time: after a resume, no row is missing or there twice."""
+    if cfg.out and RANK == 0:
+        with replacing(Path(cfg.out) / "metrics.csv") as path, open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, log[0])
+            writer.writeheader()
+            writer.writerows({name: "" if x != x else x for name, x in row.items()} for row in log)
 
 
 # ======================================================================================================================
 # 7  Report: what each stage did to the replies, and how much of the possible PPO reached
 # ======================================================================================================================
-@torch.no_grad()
-def reply_kl(actor, reference, samples: Samples, cfg: Config):
-    """log pi(reply) - log pi_ref(reply) in nats, for each reply [B].
+def evaluate(actor, reference, score_fn, prompts: list[str], N: int, cfg: Config, kl_coef: float) -> dict[str, list]:
+    """Phase I without Phase II: N replies to each of the first 20 prompts, as columns (see `describe`), N after N."""
+    asked = share([prompt for prompt in prompts[:20] for _ in range(N)])
+    return describe([collect_rollout(actor, reference, score_fn, part, cfg, kl_coef)
+                     for part in chunks(asked, 4 * cfg.micro_batch_size)], kl_coef)
 
-    Over replies that the actor sampled, its mean is KL(pi || pi_ref). One reply's value may be negative, a KL may not.
+
+def means(table: dict[str, list]) -> dict[str, float]:
+    """The mean of every column of numbers."""
+    return {name: sum(column) / len(column) for name, column in table.items() if name != "reply"}
+
+
+def reward_model_quality(score_fn, sft, data: Data, cfg: Config) -> dict[str, float]:
+    """How well a judge agrees with the human on prompts held out from all training (P1).
+
+    accuracy: share of reply pairs, same prompt, that both order alike; pairs that the human finds equal do not count.
+    correlation: Pearson's r between the two scores; NaN for your own data, for rankings tell order, not points.
     """
-    if actor is reference:
-        return torch.zeros(len(samples.mask), device=samples.mask.device)
-    log_probs, ref_log_probs = (read_replies(model, samples, cfg.temperature)[0] for model in (actor, reference))
-    return torch.where(samples.mask, log_probs - ref_log_probs, 0).sum(dim=1)
-
-
-def evaluate(actor, reference, score_fn, tokenizer, prompts: list[str], N: int, cfg: Config, kl_coef: float):
-    """Sample N replies to each prompt -> (table, replies).
-
-    The table has a column [prompts,N] for each of: the human's verdicts (see `judge`), reward, kl, objective = reward -
-    beta * kl, length in tokens, finished. `replies` are the texts, N after N.
-    """
-    batches = sample_batches(actor, tokenizer, [prompt for prompt in prompts for _ in range(N)], cfg)
-    verdicts = [judge(*row) for batch in batches for row in zip(batch.prompts, batch.replies, batch.finished)]
-    table = {name: torch.tensor([verdict[name] for verdict in verdicts]) for name in verdicts[0]}
-    table["reward"] = torch.cat([score_samples(score_fn, batch, cfg.missing_eos_penalty) for batch in batches])
-    table["kl"] = torch.cat([reply_kl(actor, reference, batch, cfg) for batch in batches])
-    table["objective"] = table["reward"] - kl_coef * table["kl"]
-    table["length"] = torch.cat([batch.mask.sum(dim=1) for batch in batches])
-    table["finished"] = torch.tensor([done for batch in batches for done in batch.finished])
-    return ({name: column.float().cpu().view(-1, N) for name, column in table.items()},
-            [reply for batch in batches for reply in batch.replies])
+    stage_rng(cfg, "reward model quality")
+    groups = data.held_out or sample_groups(sft, data.prompts["validation"][:20], 32, cfg)
+    human = [range(len(rows), 0, -1) if data.held_out else human_score(*zip(*rows)) for rows in groups]
+    both = [torch.tensor([points, rate(score_fn, rows)]) for points, rows in zip(map(list, human), groups)]  # [2,K] each
+    gaps, score_gaps = torch.cat([(x.unsqueeze(2) - x.unsqueeze(1)).flatten(1) for x in both], dim=1)   # [sum of K*K]
+    accuracy = (gaps.sign() == score_gaps.sign())[gaps.abs() > 0].float().mean().item()
+    r = math.nan if data.held_out else torch.corrcoef(torch.cat(both, dim=1))[0, 1].item()
+    say(f"judge on new prompts: {accuracy:.1%} of pairs ordered as by the human, correlation {r:.2f}")
+    if r < 0.7:
+        say("warning: correlation below 0.7: PPO will learn what this judge likes, not what the human likes (P1)")
+    return {"accuracy": accuracy, "correlation": r}
 
 
 def optimum(scores, kl_coef: float) -> tuple[float, float]:
@@ -1000,161 +1198,185 @@ def optimum(scores, kl_coef: float) -> tuple[float, float]:
     return j_star.mean().item(), (1 / (weights ** 2).sum(dim=1)).mean().item()
 
 
-def win_rate(human, sft_human) -> float:
-    """Chance that the human prefers a reply to SFT's reply to the same prompt, ties counting half; [prompts,N] each."""
-    difference = human.unsqueeze(2) - sft_human.unsqueeze(1)                                            # [prompts,N,N']
-    return ((difference > 0).float() + 0.5 * (difference == 0).float()).mean().item()
+def win_rate(human: list[float], sft_human: list[float], N: int) -> float:
+    """Chance that the human prefers a reply to SFT's to the same prompt, ties counting half; N replies to a prompt."""
+    difference = torch.tensor(human).view(-1, N, 1) - torch.tensor(sft_human).view(-1, 1, N)            # [prompts,N,N]
+    return ((1 + difference.sign()) / 2).mean().item()
 
 
-def make_report(tables: dict[str, dict], kl_coef: float, quality: dict, seconds: dict) -> dict:
+def make_report(tables: dict[str, dict], sft_scores, N: int, kl_coef: float) -> dict:
     """The contents of report.json, from the `evaluate` tables of "pretrained", "sft" and "ppo"."""
-    report = {name: {column: x.mean().item() for column, x in table.items()}
-              | {"win_rate": win_rate(table["human"], tables["sft"]["human"])} for name, table in tables.items()}
+    report = {name: {column.removeprefix("reply_"): x for column, x in means(table).items()}
+              | {"win_rate": win_rate(table["human"], tables["sft"]["human"], N)} for name, table in tables.items()}
     j_sft, j_ppo = report["sft"]["objective"], report["ppo"]["objective"]
-    j_star, size = optimum(tables["sft"]["reward"], kl_coef) if kl_coef > 0 else (None, None)
-    fraction = (j_ppo - j_sft) / (j_star - j_sft) if size and size >= 5 else None
-    report["optimum"] = {"objective": j_star, "fraction": fraction, "effective_sample_size": size}
-    return report | {"reward_model": quality, "seconds": seconds}
+    j_star, size = optimum(sft_scores, kl_coef) if kl_coef > 0 else (math.nan, 0)
+    return report | {"optimum": {"objective": j_star, "effective_sample_size": size, "fraction":
+                                 (j_ppo - j_sft) / (j_star - j_sft) if size >= 5 else math.nan}}
 
 
-def show_report(report: dict, replies: dict[str, list[str]], prompts: list[str]):
+def show_report(report: dict, tables: dict[str, dict], prompts: list[str]):
     """Print report.json as tables, and for some prompts the first reply (not the best one) of each model."""
-    columns = "helpful warm honest harmless human reward kl objective length win_rate".split()
-    say(f"\nRESULT on {len(prompts)} prompts that no stage has seen\n")
-    say(" " * 10 + "".join(f"{column:>10}" for column in columns))
-    for name in replies:
+    columns = [column for column, x in report["ppo"].items() if x == x]
+    say(f"\nRESULT on {len(prompts)} prompts that no stage has seen\n\n{'':10}" + "".join(f"{x:>10}" for x in columns))
+    for name in tables:
         say(f"{name:10}" + "".join(f"{report[name][column]:10.2f}" for column in columns))
-    say("\nhelpful to harmless: share of replies; human: points, 4 at best; reward: PPO's judge (a model counts\n"
-        "in standard deviations of SFT's replies); kl: nats from SFT; objective: reward - beta*kl; win_rate: over SFT")
     best, j_sft, j_ppo = report["optimum"], report["sft"]["objective"], report["ppo"]["objective"]
-    if best["objective"] is not None:
-        way = f"{best['fraction']:.1%} of the way" if best["fraction"] is not None else "or more: too few samples"
-        say(f"\nTHE OPTIMUM: J(SFT) = {j_sft:.3f}, J(PPO) = {j_ppo:.3f}; the best that any policy can have is J* = "
-            f"{best['objective']:.3f}: {way}\n(from {best['effective_sample_size']:.0f} effective samples per prompt)")
-    say("\nREPLIES, the first sample of each model")
-    for i in range(2, len(prompts), 5):
+    way = f"{best['fraction']:.1%} of the way" if best["fraction"] == best["fraction"] else "or more: too few samples"
+    say(f"\nTHE OPTIMUM: J(SFT) = {j_sft:.3f}, J(PPO) = {j_ppo:.3f}; the best that any policy can have is J* = "
+        f"{best['objective']:.3f}: {way}\n(from {best['effective_sample_size']:.0f} effective samples per prompt)")
+    for i in range(len(prompts))[2::5]:
         say(f"\n  user        {prompts[i].strip()}")
-        for name, texts in replies.items():
-            say(f"  {name:10}  {texts[i * len(texts) // len(prompts)]}")
-    say("\nSECONDS: " + ", ".join(f"{stage} {value:.1f}" for stage, value in report["seconds"].items()))
+        for name, table in tables.items():
+            say(f"  {name:10}  {table['reply'][i * len(table['reply']) // len(prompts)]}")
+    say("\nSECONDS: " + ", ".join(f"{name} {x:.1f}" for name, x in report["seconds"].items()))
 
 
-def reply_ratio(actor, rollout: Rollout, cfg: Config, row: int = 0):
-    """rho_t = pi / pi_old of one reply, for the actor as it is now -> [tokens]."""
-    with torch.no_grad():
-        log_probs, _, _ = read_replies(actor, rollout, cfg.temperature, slice(row, row + 1))
-    return (log_probs[0] - rollout.log_probs[row]).exp()
+def peak_memory(cfg: Config) -> float:
+    """The most memory used so far, in GB: the GPU's, else this process's (NaN on Windows, which does not tell)."""
+    if cfg.device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(cfg.device) / 1e9
+    with suppress(ImportError):
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+    return math.nan
+
+
+def ratio(actor, rollout: Rollout, cfg: Config):
+    """rho_t = pi / pi_old, for the actor as it is now: [B,T]."""
+    return (read_all(actor, rollout.batch, cfg)[0] - rollout.log_probs).exp()
 
 
 def xray(rollout: Rollout, tokenizer, cfg: Config, row: int = 0, **ratios) -> str:
     """One reply under X-ray: article E's table with this run's numbers, a line per token.
 
     KL = log pi - log ref;  r_t from step 2;  V(s_t) from step 3;  delta_t from step 4;  A_t and return from step 5;
-    `ratios` are further columns: step 6's rho_t at the start of the update (1, always) and at its end.
+    `ratios` are further columns: step 6's rho_t before the update (1, always) and after it.
     What to see: only tokens on which log pi and log ref differ cost KL, and the score arrives at <eos>.
     """
     r, deltas = rollout, td_residuals(rollout.rewards, rollout.values, rollout.mask, cfg.gamma)
     columns = {"log pi": r.log_probs, "log ref": r.ref_log_probs, "KL": r.log_probs - r.ref_log_probs, "r_t": r.rewards,
-               "V(s_t)": r.values, "delta_t": deltas, "A_t": r.advantages, "return": r.returns}
-    columns = {name: column[row] for name, column in columns.items()} | ratios
-    lines = [f'X-RAY of one reply to "{r.prompts[row].strip()}" (score {r.scores[row]:.3f})',
-             f"{'token':12}" + "".join(f"{name:>10}" for name in columns)]
+               "V(s_t)": r.values, "delta_t": deltas, "A_t": r.advantages, "return": r.returns} | ratios
+    lines = [f'X-RAY of one reply to "{r.rows[row].prompt.strip()}" (score {r.scores[row]:.3f})',
+             f"{'token':12}" + "".join(f"{name:>11}" for name in columns)]
     for t, token in enumerate(r.reply_ids[row][r.mask[row]]):
-        word = tokenizer.decode([token]).strip()
-        lines.append(f"{word:12}" + "".join(f"{round(x[t].item(), 3) + 0.0:10.3f}" for x in columns.values()))
+        numbers = "".join(f"{round(x[row, t].item(), 3) + 0.0:11.3f}" for x in columns.values())
+        lines.append(f"{tokenizer.decode([token]).strip():12}{numbers}")
     return "\n" + "\n".join(lines) + "\n"
 
 
 # ======================================================================================================================
 # 8  Files, and main
 # ======================================================================================================================
-def new_folder(cfg: Config) -> Path:
-    """Make the run's folder and write config.json. Raises UserError rather than touch an earlier run."""
-    out = Path(cfg.out or time.strftime("runs/%Y%m%d-%H%M%S"))
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        check(not any(out.iterdir()), f"--out {out} is not empty; choose a new name")
-        (out / "config.json").write_text(json.dumps(asdict(cfg), indent=2) + "\n")
-    except OSError as error:
-        check(False, f"cannot write to --out {out} ({error.strerror}); choose another folder")
-    return out
+def open_folder(cfg: Config):
+    """Make the run's folder, cfg.out, and write config.json. Raises UserError rather than touch an earlier run."""
+    cfg.out = cfg.out or time.strftime("runs/%Y%m%d-%H%M%S")
+    if RANK == 0 and not cfg.resume:
+        with explain(f"--out {cfg.out} cannot be used; choose another folder", OSError):
+            Path(cfg.out).mkdir(parents=True, exist_ok=True)
+            check(not os.listdir(cfg.out), "it is not empty")
+            Path(cfg.out, "config.json").write_text(json.dumps(asdict(cfg), indent=2) + "\n")
 
 
-def save_model(model, tokenizer, folder: Path):
+def save_model(model, folder: Path):
     """An ordinary transformers folder, for AutoModelForCausalLM.from_pretrained, and our head: heads.safetensors."""
-    model.lm.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    save_file({name: x.contiguous() for name, x in model.state_dict().items() if not name.startswith("lm.")},
-              folder / "heads.safetensors")
+    if RANK == 0:
+        with replacing(folder) as temporary:
+            model.lm.save_pretrained(temporary)
+            model.tokenizer.save_pretrained(temporary)
+            head = {name: x.contiguous() for name, x in model.state_dict().items() if not name.startswith("lm.")}
+            save_file(head, temporary / "heads.safetensors")
 
 
-def load_model(kind, folder: Path, device):
+def load_model(kind, folder: Path, cfg: Config):
     """What save_model wrote; kind is ActorCritic or RewardModel."""
-    model = kind(AutoModelForCausalLM.from_pretrained(folder))
-    model.load_state_dict(load_file(folder / "heads.safetensors"), strict=False)
-    return model.to(device)
+    with explain(f"{folder} is damaged, or not of a run", Exception):
+        tokenizer, lm = load_pretrained(folder)
+        model = kind(lm, tokenizer, cfg)
+        weights = {name: x for name, x in model.state_dict().items() if name.startswith("lm.")}
+        model.load_state_dict(weights | load_file(folder / "heads.safetensors"))
+    return model
 
 
-def load_run(cfg: Config):
-    """--init_from: what train_stages returns, from the folder of an earlier run."""
-    run, kinds = Path(cfg.init_from), {"pretrained": ActorCritic, "sft": ActorCritic}
-    kinds |= {"reward_model": RewardModel} if cfg.reward == "model" else {}
-    for name in kinds:
-        check((run / name / "heads.safetensors").is_file(), f"--init_from {run}: there is no {name}/ of a run in it")
-    models = {name: load_model(kind, run / name, cfg.device) for name, kind in kinds.items()}
-    tokenizer = AutoTokenizer.from_pretrained(run / "sft", padding_side="left")
-    return tokenizer, models["pretrained"], models["sft"], models.get("reward_model")
+def finished_stage(name: str, cfg: Config) -> Path | None:
+    """The folder of a stage's model, if this run (--resume) or an earlier one (--init_from) has it already."""
+    folders = (Path(run) / name for run in (cfg.resume, cfg.init_from) if run)
+    return next((folder for folder in folders if folder.is_dir()), None)
 
 
-@contextmanager
-def timed(seconds: dict, stage: str):
-    """Note the time spent in a `with` block as seconds[stage]."""
-    start = time.perf_counter()
-    yield
-    seconds[stage] = time.perf_counter() - start
+def stage(name: str, kind, cfg: Config, seconds: dict, train):
+    """The model that a stage makes: loaded if it is there already, else trained; and saved in this run's folder."""
+    start, folder, target = time.perf_counter(), finished_stage(name, cfg), Path(cfg.out) / name
+    model = load_model(kind, folder, cfg) if folder else train()
+    if folder != target:
+        save_model(model, target)
+    seconds[name] = time.perf_counter() - start
+    return model
 
 
-def train_stages(prompts: list[str], cfg: Config, seconds: dict):
-    """Stages 0 to 2 -> tokenizer, pretrained model, SFT model, reward model (None for --reward human)."""
-    with timed(seconds, "pretrain"):
-        tokenizer, pretrained = pretrain(prompts, cfg)
-    with timed(seconds, "sft"):
-        sft = finetune(pretrained, tokenizer, prompts, cfg)
-    with timed(seconds, "reward_model"):
-        reward_model = train_reward_model(sft, tokenizer, prompts, cfg) if cfg.reward == "model" else None
-    return tokenizer, pretrained, sft, reward_model
+def load_reward(cfg: Config):
+    """--reward as a score_fn: the human's rule, file.py:function, or a classifier, whose last label counts (L4)."""
+    if cfg.reward == "human":
+        return human_score
+    with explain(f"--reward {cfg.reward} is not model, human, file.py:function, or a classifier", Exception):
+        file, _, function = cfg.reward.rpartition(":")
+        if file.endswith(".py"):
+            return runpy.run_path(file)[function]
+        judge = pipeline("text-classification", cfg.reward, device=cfg.device, function_to_apply="none", truncation=True)
+        label = judge.model.config.id2label[judge.model.config.num_labels - 1]
+    def score(prompts, replies, finished):
+        results = judge([prompt + reply for prompt, reply in zip(prompts, replies)], top_k=None)
+        return [{x["label"]: x["score"] for x in result}[label] for result in results]
+    return score
+
+
+def join_processes(cfg: Config):
+    """Under torchrun, find the other processes; each takes a GPU of its own (R1)."""
+    if WORLD > 1:
+        if cfg.device == "cuda":
+            cfg.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(cfg.device)
+        dist.init_process_group("nccl" if cfg.device.startswith("cuda") else "gloo")
 
 
 def main(argv=None):
-    disable_progress_bar()  # transformers' own bars, for models that load in a blink
-    cfg = parse_config(argv)
-    earlier = load_run(cfg) if cfg.init_from else None
-    out, prompts = new_folder(cfg), split_prompts()
-    seconds = dict.fromkeys(("pretrain", "sft", "reward_model", "ppo", "total"), 0.0)
-    with timed(seconds, "total"):
-        tokenizer, pretrained, sft, reward_model = earlier or train_stages(prompts["train"], cfg, seconds)
-        reference, policy = frozen(sft), copy.deepcopy(sft)
-        score_fn, quality = human_score, {"accuracy": None, "correlation": None}
-        if reward_model is not None:
-            score_fn = reward_model_scorer(reward_model, tokenizer)
-            quality = reward_model_quality(score_fn, reference, tokenizer, prompts["validation"], cfg)
-            save_model(reward_model, tokenizer, out / "reward_model")
-        save_model(pretrained, tokenizer, out / "pretrained")
-        save_model(sft, tokenizer, out / "sft")
-        with timed(seconds, "ppo"):
-            kl_coef = train_ppo(policy, reference, score_fn, tokenizer, prompts, cfg, out)
-        save_model(policy, tokenizer, out / "policy")
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    start, seconds, cfg = time.perf_counter(), {}, parse_config(argv)
+    join_processes(cfg)
+    score_fn = load_reward(cfg) if cfg.reward != "model" else None
+    own = {flag: read_jsonl(getattr(cfg, flag), flag) if getattr(cfg, flag) else [] for flag in REPLIES}
+    tokenizer, lm = base_model(own, cfg)
+    data = load_data({flag: shorten(lines, tokenizer, lm, cfg) for flag, lines in own.items()}, cfg)
+    open_folder(cfg)
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if STOP else STOP.append(True))
 
-        stage_rng(cfg, "report")
-        tables, replies, test = {}, {}, prompts["test"]
-        for name, model, N in (("pretrained", pretrained, 32), ("sft", reference, cfg.optimum_samples),
-                               ("ppo", policy, 64)):
-            tables[name], replies[name] = evaluate(model, reference, score_fn, tokenizer, test, N, cfg, kl_coef)
-        say(xray(collect_rollout(policy, reference, score_fn, test[:1], cfg, tokenizer, kl_coef), tokenizer, cfg))
-    report = make_report(tables, kl_coef, quality, seconds)
-    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    show_report(report, replies, test)
-    say(f"\nAll is in {out}. PPO alone, with another flag: python ppo_rlhf.py --init_from {out} --kl_coef 0.05")
+    pretrained = stage("pretrain", ActorCritic, cfg, seconds, lambda: pretrain(lm, tokenizer, data.texts, cfg))
+    sft = stage("sft", ActorCritic, cfg, seconds, lambda: finetune(pretrained, data.demos, cfg))
+    if cfg.reward == "model":
+        reward_model = stage("reward_model", RewardModel, cfg, seconds, lambda: train_reward_model(sft, data, cfg))
+        score_fn = frozen(reward_model).score
+    reference, policy = frozen(sft), sft
+    quality = reward_model_quality(score_fn, reference, data, cfg)
+    log = train_ppo(policy, reference, score_fn, data.prompts, cfg)
+    kl_coef = log[-1]["kl_coef"] if log else cfg.kl_coef
+    save_model(policy, Path(cfg.out) / "policy")
+
+    stage_rng(cfg, "report")
+    test, N = data.prompts["test"][:20], 64
+    tables = {name: evaluate(model, reference, score_fn, test, N, cfg, kl_coef)
+              for name, model in (("pretrained", pretrained), ("sft", reference), ("ppo", policy))}
+    groups = sample_groups(reference, test, cfg.optimum_samples, cfg)
+    scores = [rate(score_fn, rows, cfg.missing_eos_penalty) for rows in groups]
+    report = make_report(tables, torch.tensor(scores), N, kl_coef)
+    say(xray(collect_rollout(policy, reference, score_fn, test[:1], cfg, kl_coef), tokenizer, cfg))
+    seconds |= {"ppo": sum(row["seconds"] for row in log), "total": time.perf_counter() - start}
+    report |= {"reward_model": quality, "seconds": seconds, "peak_memory_gb": peak_memory(cfg)}
+    if RANK == 0:
+        with replacing(Path(cfg.out) / "report.json") as path:
+            report_json = json.loads(json.dumps(report), parse_constant=lambda _: None)  # NaN, which is not JSON: null
+            path.write_text(json.dumps(report_json, indent=2) + "\n")
+    show_report(report, tables, test)
+    say(f"\nAll is in {cfg.out}. PPO alone, with another flag: python ppo_rlhf.py --init_from {cfg.out} --kl_coef 0.05")
 
 
 if __name__ == "__main__":
@@ -1163,5 +1385,6 @@ if __name__ == "__main__":
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        print(*stop.args)
         sys.exit(130)

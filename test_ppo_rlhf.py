@@ -24,8 +24,8 @@ def small_actor(vocab_size=23, seed=0, **changes):
     torch.manual_seed(seed)
     actor = ppo.ActorCritic(GPT2LMHeadModel(GPT2Config(
         vocab_size=vocab_size, n_positions=64, n_layer=2, n_embd=32, n_head=2, initializer_range=0.3,
-        bos_token_id=1, eos_token_id=1, pad_token_id=0, **changes)))
-    torch.nn.init.normal_(actor.value_head[-1].weight)
+        bos_token_id=1, eos_token_id=1, pad_token_id=0, **changes)), None, ppo.Config())
+    torch.nn.init.normal_(actor.head[-1].weight)
     return actor
 
 
@@ -33,11 +33,19 @@ def small_config(*flags):
     return ppo.parse_config([*TINY, *flags])
 
 
+def pad(sequences, left):
+    width = max(map(len, sequences))
+    rows = [[0] * (width - len(s)) * left + s + [0] * (width - len(s)) * (not left) for s in sequences]
+    masks = [[False] * (width - len(s)) * left + [True] * len(s) + [False] * (width - len(s)) * (not left) for s in sequences]
+    return torch.tensor(rows), torch.tensor(masks)
+
+
 def random_batch(rows=5, P=4, T=7, vocab_size=23, seed=0):
     """Prompts padded left, replies padded right, every length from 1 to T among the replies."""
     rng = random.Random(seed)
-    return ppo.collate([([rng.randrange(2, vocab_size) for _ in range(rng.randint(1, P))],
-                         [rng.randrange(2, vocab_size) for _ in range(max(1, T - i))]) for i in range(rows)], pad_id=0)
+    prompts = [[rng.randrange(2, vocab_size) for _ in range(rng.randint(1, P))] for _ in range(rows)]
+    replies = [[rng.randrange(2, vocab_size) for _ in range(max(1, T - i))] for i in range(rows)]
+    return *pad(prompts, left=True), *pad(replies, left=False)
 
 
 def random_rollout_tensors(rows=6, T=9, seed=0, dtype=torch.float32):
@@ -56,12 +64,12 @@ def with_nan(x, mask):
 def world():
     """A tokenizer, an SFT-like actor and a reward model, all untrained, and a few prompts."""
     cfg = small_config()
-    prompts = ppo.split_prompts()["train"][:8]
-    texts = ppo.write_texts(random.Random(0), prompts, ppo.SFT_MIX, 200)
-    tokenizer = ppo.train_tokenizer([prompt + reply for prompt, reply in texts])
-    torch.manual_seed(0)
-    actor = ppo.ActorCritic(ppo.new_gpt2(tokenizer, cfg))
-    reward_model = ppo.RewardModel(ppo.new_gpt2(tokenizer, cfg))
+    prompts = ppo.split(ppo.WORLD_PROMPTS)["train"][:8]
+    nothing = {"prompts": [], "demos": [], "preferences": []}
+    tokenizer, lm = ppo.base_model(nothing, cfg)
+    actor = ppo.ActorCritic(lm, tokenizer, cfg)
+    reward_model = ppo.RewardModel(copy.deepcopy(lm), tokenizer, cfg)
+    torch.nn.init.normal_(reward_model.head[-1].weight)
     return tokenizer, actor, reward_model, prompts
 
 
@@ -83,7 +91,7 @@ def test_ratio_is_one_and_nothing_is_clipped_before_the_first_update(world):
     tokenizer, actor, _, prompts = world
     cfg = small_config("--minibatches", "2", "--ppo_epochs", "2", "--temperature", "0.7")
     actor, reference = copy.deepcopy(actor), ppo.frozen(actor)
-    rollout = ppo.collect_rollout(actor, reference, ppo.human_score, prompts, cfg, tokenizer)
+    rollout = ppo.collect_rollout(actor, reference, ppo.human_score, prompts, cfg)
     still = torch.optim.SGD(actor.parameters(), lr=0.0)  # does not move: every update is a first one
     metrics = ppo.update_policy(actor, still, rollout, cfg)
     assert metrics["first_log_ratio"] < 1e-5 and metrics["clip_fraction"] == 0 and metrics["approx_kl"] < 1e-8
@@ -143,7 +151,7 @@ def test_tokens_in_the_padding_change_nothing():
 # ---- Invariant 3 -----------------------------------------------------------------------------------------------------
 def test_a_reply_is_worth_the_same_alone_and_in_any_padded_batch():
     actor, reward_model = small_actor(), ppo.RewardModel(small_actor(seed=1).lm)
-    torch.nn.init.normal_(reward_model.reward_head.weight)
+    torch.nn.init.normal_(reward_model.head[-1].weight)
     batch = random_batch(rows=6)
     prompt_ids, prompt_mask, reply_ids, mask = batch
     with torch.no_grad():
@@ -214,7 +222,7 @@ def test_returns_use_unwhitened_advantages(world):
     rollouts = []
     for flags in ([], ["--whiten_advantages"]):
         torch.manual_seed(1)
-        rollouts.append(ppo.collect_rollout(actor, actor, ppo.human_score, prompts, small_config(*flags), tokenizer))
+        rollouts.append(ppo.collect_rollout(actor, actor, ppo.human_score, prompts, small_config(*flags)))
     plain, white = rollouts
     assert torch.equal(plain.returns, white.returns)
     assert torch.allclose(plain.returns, torch.where(plain.mask, plain.advantages + plain.values, 0))
@@ -234,7 +242,7 @@ def test_whitening_sets_mean_and_variance_over_real_tokens_only():
 # ---- Invariant 7 -----------------------------------------------------------------------------------------------------
 def test_kl_is_exactly_zero_before_the_first_update(world):
     tokenizer, actor, _, prompts = world
-    rollout = ppo.collect_rollout(actor, ppo.frozen(actor), ppo.human_score, prompts, small_config(), tokenizer)
+    rollout = ppo.collect_rollout(actor, ppo.frozen(actor), ppo.human_score, prompts, small_config())
     assert (rollout.kl == 0).all() and torch.equal(rollout.log_probs, rollout.ref_log_probs)
 
 
@@ -266,9 +274,9 @@ def test_sampling_frequencies_match_the_log_probs_at_every_temperature(temperatu
     everywhere = torch.ones_like(prompt).bool()
     ids, mask = ppo.generate(actor, prompt, everywhere, 1, eos_id=-1, pad_id=0, temperature=temperature)
     every = torch.arange(8).unsqueeze(1)
-    samples = ppo.Samples([], [], [], prompt[:8], torch.ones(8, 3).bool(), every, torch.ones(8, 1).bool())
+    batch = prompt[:8], torch.ones(8, 3).bool(), every, torch.ones(8, 1).bool()
     with torch.no_grad():
-        probabilities = ppo.read_replies(actor, samples, temperature)[0].exp().squeeze(1)
+        probabilities = ppo.read_replies(actor, batch, temperature)[0].exp().squeeze(1)
     frequencies = torch.bincount(ids.squeeze(1), minlength=8) / len(ids)
     assert probabilities.sum().item() == pytest.approx(1, abs=1e-5)
     assert (frequencies - probabilities).abs().max() < 0.015 and probabilities.max() < 0.99
@@ -283,33 +291,29 @@ def test_a_token_of_probability_zero_is_never_sampled():
 def test_padding_is_not_eos_and_eos_is_learned(world):
     tokenizer, actor, *_ = world
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
-    *_, reply_ids, mask = ppo.encode(tokenizer, ["I feel sad.", "Hi"], ["Oh.", "Call a friend."], [True] * 2)
+    *_, reply_ids, mask = ppo.encode(actor, [ppo.Row("I feel sad.", "Oh.", True), ppo.Row("Hi", "Call a friend.", True)])
     last = reply_ids[torch.arange(2), mask.sum(1) - 1]
     assert (last == tokenizer.eos_token_id).all(), "EOS is inside the mask, so the SFT loss and PPO see it"
-    actor, texts = copy.deepcopy(actor), [("I feel sad.\n", "Call a friend.")]
-    ppo.fit_language_model(actor, tokenizer, texts, 60, 1e-2, random.Random(0), "test")
-    torch.manual_seed(0)
-    samples = ppo.sample_replies(actor, tokenizer, ["I feel sad.\n"] * 8, small_config("--max_new_tokens", "30"))
-    assert samples.replies == ["Call a friend."] * 8 and all(samples.finished)
+    actor, cfg = copy.deepcopy(actor), small_config("--max_new_tokens", "30")
+    ppo.fit_language_model(actor, [ppo.Row("I feel sad.\n", "Call a friend.", True)], 60, 1e-2, "test", cfg)
+    rows, *_ = ppo.sample_replies(actor, ["I feel sad.\n"] * 8, cfg)
+    assert rows == [ppo.Row("I feel sad.\n", "Call a friend.", True)] * 8
 
 
-def test_only_a_reply_that_was_cut_gets_the_penalty(world):
-    tokenizer, actor, _, prompts = world
-    samples = ppo.sample_replies(actor, tokenizer, prompts, small_config())
-    samples.finished = [i % 2 == 0 for i in range(len(prompts))]
-    scores = ppo.score_samples(lambda prompts, replies, finished: [1.0] * len(prompts), samples, 3.0)
-    assert scores.tolist() == [1.0 if done else -2.0 for done in samples.finished]
+def test_only_a_reply_that_was_cut_gets_the_penalty():
+    rows = [ppo.Row("?", str(i), i % 2 == 0) for i in range(6)]
+    assert ppo.rate(lambda prompts, replies, finished: [1.0] * len(prompts), rows, 3.0) == [1.0, -2.0] * 3
 
 
 def test_a_reply_is_finished_only_by_its_own_eos(world):
     tokenizer, actor, _, prompts = world
     torch.manual_seed(0)
-    samples = ppo.sample_replies(actor, tokenizer, prompts * 20, small_config("--max_new_tokens", "150"))
-    for i, done in enumerate(samples.finished):
-        tokens = samples.reply_ids[i][samples.mask[i]].tolist()
-        assert (tokens[-1] == tokenizer.eos_token_id) == done and tokenizer.eos_token_id not in tokens[:-1]
-        assert (samples.reply_ids[i][~samples.mask[i]] == tokenizer.pad_token_id).all()
-    assert 0 < sum(samples.finished) and samples.mask.any(0).all()
+    rows, _, _, reply_ids, mask = ppo.sample_replies(actor, prompts * 20, small_config("--max_new_tokens", "150"))
+    for i, row in enumerate(rows):
+        tokens = reply_ids[i][mask[i]].tolist()
+        assert (tokens[-1] == tokenizer.eos_token_id) == row.finished and tokenizer.eos_token_id not in tokens[:-1]
+        assert (reply_ids[i][~mask[i]] == tokenizer.pad_token_id).all()
+    assert 0 < sum(row.finished for row in rows) and mask.any(0).all()
 
 
 # ---- Invariant 10 ----------------------------------------------------------------------------------------------------
@@ -339,13 +343,13 @@ def test_the_four_cases_of_clipping(case, advantage, ratio, moves):
 
 
 # ---- Invariant 12 ----------------------------------------------------------------------------------------------------
-def test_only_the_policy_learns_during_ppo(world, tmp_path):
+def test_only_the_policy_learns_during_ppo(world):
     tokenizer, actor, reward_model, prompts = world
     policy, reference = copy.deepcopy(actor), ppo.frozen(actor)
     before = [copy.deepcopy(model.state_dict()) for model in (policy, reference, reward_model)]
     splits = {"train": prompts, "validation": prompts[:2]}
     cfg = small_config("--lr", "0.01", "--eval_every", "1")
-    ppo.train_ppo(policy, reference, ppo.reward_model_scorer(reward_model, tokenizer), tokenizer, splits, cfg, tmp_path)
+    ppo.train_ppo(policy, reference, reward_model.score, splits, cfg)
     for name, model, old in zip(("policy", "reference", "reward model"), (policy, reference, reward_model), before):
         same = all(torch.equal(a, b) for a, b in zip(old.values(), model.state_dict().values()))
         assert same == (name != "policy"), name
@@ -433,7 +437,7 @@ def test_the_entropy_bonus_raises_entropy_and_nothing_else_moves_the_policy(worl
     with torch.no_grad():
         actor.lm.get_output_embeddings().weight.mul_(5)  # a policy with some opinions
     torch.manual_seed(0)
-    rollout = ppo.collect_rollout(actor, actor, ppo.human_score, prompts, small_config(), tokenizer)
+    rollout = ppo.collect_rollout(actor, actor, ppo.human_score, prompts, small_config())
     rollout.advantages.zero_()
     change = {}
     for ent_coef in (0.0, 1.0):
@@ -447,7 +451,7 @@ def test_the_entropy_bonus_raises_entropy_and_nothing_else_moves_the_policy(worl
 def test_the_critic_learns_the_returns_and_leaves_the_policy_alone(world):
     tokenizer, actor, _, prompts = world
     torch.manual_seed(0)
-    rollout = ppo.collect_rollout(actor, actor, ppo.human_score, prompts, small_config(), tokenizer)
+    rollout = ppo.collect_rollout(actor, actor, ppo.human_score, prompts, small_config())
     rollout.advantages.zero_()
     policy = copy.deepcopy(actor)
     optimizer = torch.optim.Adam(policy.parameters(), lr=1e-2)
@@ -492,21 +496,21 @@ def test_optimum_is_the_best_that_reweighting_the_replies_can_reach():
 
 
 def test_win_rate_counts_ties_half():
-    assert ppo.win_rate(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0]])) == 0.75
+    assert ppo.win_rate([1.0, 2.0, 5.0, 5.0], [1.0, 2.0, 3.0, 4.0], 2) == (0.5 + 1) / 2
 
 
 # ---- The task --------------------------------------------------------------------------------------------------------
 def test_held_out_prompts_occur_in_no_training_stage_and_their_words_do():
-    splits = ppo.split_prompts()
+    splits = ppo.split(ppo.WORLD_PROMPTS)
     assert len(splits["train"]) >= 100 and len(splits["validation"]) == len(splits["test"]) == 20
-    assert {ppo.topic(p) for p in splits["train"]} == set(ppo.SITUATION_OF)
+    assert {ppo.WORLD_PROMPTS[prompt][0] for prompt in splits["train"]} == ppo.WORDS
     assert len(set(sum(splits.values(), []))) == sum(map(len, splits.values())) == 200  # no prompt is in two splits
 
 
 def test_the_human_prefers_kinds_of_replies_in_the_storys_order():
     rng, means = random.Random(0), {}
     for kind in ppo.SFT_MIX:
-        verdicts = [ppo.judge(p, ppo.write_reply(rng, p, kind), True) for p in ppo.split_prompts()["train"]]
+        verdicts = [ppo.judge(p, ppo.write_reply(rng, p, kind), True) for p in ppo.split(ppo.WORLD_PROMPTS)["train"]]
         means[kind] = sum(v["human"] for v in verdicts) / len(verdicts)
         if kind == "best":
             assert all(v == {"helpful": 1, "warm": 1, "honest": 1, "harmless": 1, "human": 4} for v in verdicts)
@@ -520,26 +524,26 @@ def test_the_human_prefers_kinds_of_replies_in_the_storys_order():
 
 def test_label_noise_zero_ranks_by_the_human_and_the_reward_model_never_sees_points(world):
     tokenizer, actor, _, prompts = world
-    rankings = ppo.label_rankings(actor, tokenizer, prompts, small_config("--label_noise", "0"), random.Random(0))
-    for ranking in rankings:
-        points = ppo.human_score([ranking.prompt] * 4, ranking.replies, ranking.finished)
+    rankings = ppo.label_rankings(actor, prompts, small_config("--label_noise", "0"), random.Random(0))
+    for rows in rankings:
+        points = ppo.human_score(*zip(*rows))
         assert points == sorted(points, reverse=True)
-    assert ppo.Ranking._fields == ("prompt", "replies", "finished")
+    assert ppo.Row._fields == ("prompt", "reply", "finished")
 
 
 def test_the_reward_model_learns_a_ranking_and_normalises_to_zero_and_one(world):
     tokenizer, actor, reward_model, prompts = world
-    model = copy.deepcopy(reward_model).requires_grad_(True)
-    rankings = [ppo.Ranking(p, ["Call a friend.", "Nobody cares."], [True, True]) for p in prompts] + [
-        ppo.Ranking(prompts[0], ["Call a friend.", "A spider has eight legs.", "Nobody cares."], [True] * 3)]
-    ppo.fit_reward_model(model, tokenizer, rankings, 40, 3e-3, random.Random(0))
-    score_fn = ppo.reward_model_scorer(model, tokenizer)
-    good, bad = score_fn(prompts[:1] * 2, ["Call a friend.", "Nobody cares."], [True] * 2)
+    model, cfg = copy.deepcopy(reward_model).requires_grad_(True), small_config()
+    replies = ["Call a friend.", "A spider has eight legs.", "Nobody cares."]
+    rankings = [[ppo.Row(p, reply, True) for reply in replies[::2]] for p in prompts]
+    rankings += [[ppo.Row(prompts[0], reply, True) for reply in replies]]  # pairs and rankings mixed
+    ppo.fit_reward_model(model, rankings, 40, 3e-3, cfg)
+    good, bad = model.score(prompts[:1] * 2, replies[::2], [True] * 2)
     assert good > bad + 1
-    batches = ppo.sample_batches(actor, tokenizer, prompts * 4, small_config())
+    rows = sum(ppo.sample_groups(actor, prompts, 4, cfg), [])
     for _ in range(2):
-        ppo.normalize(model, tokenizer, batches)
-        scores = torch.cat([ppo.score_samples(ppo.reward_model_scorer(model, tokenizer), b) for b in batches])
+        ppo.normalize(model, rows)
+        scores = torch.tensor(ppo.rate(model.score, rows))
         assert abs(scores.mean()) < 1e-4 and abs(scores.std() - 1) < 1e-4
 
 
@@ -564,16 +568,15 @@ def test_a_run_writes_every_file(run):
     assert [bool(row["validation"]) for row in rows] == [False, True, True]
     assert json.loads((run / "config.json").read_text())["cycles"] == 3
     assert sorted(path.name for path in run.iterdir()) == [
-        "config.json", "metrics.csv", "policy", "pretrained", "report.json", "reward_model", "sft"]
+        "config.json", "metrics.csv", "policy", "pretrain", "report.json", "reward_model", "sft", "state.pt"]
 
 
 def test_the_saved_models_load_with_transformers_and_with_their_heads(run):
     for name, kind in (("sft", ppo.ActorCritic), ("policy", ppo.ActorCritic), ("reward_model", ppo.RewardModel)):
         lm, tokenizer = AutoModelForCausalLM.from_pretrained(run / name), AutoTokenizer.from_pretrained(run / name)
         assert tokenizer.pad_token_id != tokenizer.eos_token_id == lm.config.eos_token_id
-        model = ppo.load_model(kind, run / name, "cpu")
-        again = ppo.load_model(kind, run / name, "cpu")
-        batch = ppo.encode(tokenizer, ["I feel sad.\n"], ["Call a friend."], [True])
+        model, again = (ppo.load_model(kind, run / name, ppo.Config()) for _ in range(2))
+        batch = ppo.encode(model, [ppo.Row("I feel sad.\n", "Call a friend.", True)])
         once, twice = model(*batch), again(*batch)
         assert torch.equal(once[0], twice[0])
     assert model.std != 1  # the normalisation was saved too
@@ -582,7 +585,7 @@ def test_the_saved_models_load_with_transformers_and_with_their_heads(run):
 def test_human_reward_needs_no_reward_model(run, tmp_path):
     ppo.main([*TINY, "--reward", "human", "--init_from", str(run), "--out", str(tmp_path / "rule")])
     report = json.loads((tmp_path / "rule" / "report.json").read_text())
-    assert report["reward_model"] == {"accuracy": None, "correlation": None}
+    assert report["reward_model"] == {"accuracy": 1, "correlation": pytest.approx(1)}  # the judge is the human
     assert not (tmp_path / "rule" / "reward_model").exists()
     for row in read_metrics(tmp_path / "rule"):
         cut = 1 - float(row["finished"])
