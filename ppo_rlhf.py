@@ -322,7 +322,7 @@ def cut(text: str, room: int, tokenizer, keep_end: bool = False) -> str:
     """The beginning (or end) of `text` that fits into `room` tokens: whole paragraphs, sentences or words (N2)."""
     step = -1 if keep_end else 1
     for boundary in (r"\n+", r"[.!?]+\s+|[。！？]+", r"\s+", ""):
-        pieces = re.findall(rf".+?(?:{boundary}|$)", text, re.DOTALL)[::step]
+        pieces = re.findall(rf".+?(?:{boundary}|\Z)", text, re.DOTALL)[::step]
         fits = bisect(range(len(pieces) + 1), room, key=lambda n: len(tokenizer("".join(pieces[:n][::step])).input_ids))
         text = "".join(pieces[:max(fits - 1, 1)][::step])
     return text
@@ -378,14 +378,14 @@ def load_data(own: dict[str, list[list[Row]]], cfg: Config) -> Data:
 
 
 def train_tokenizer(texts: list[str]):
-    """A byte-level BPE tokenizer as GPT-2's, but of 1024 tokens: any text of any language can be encoded.
+    """A byte-level BPE tokenizer as GPT-2's, but of at most 2048 tokens: any text of any language can be encoded.
 
     Padding and EOS are two different tokens. Were they one, masking the padding out of the SFT loss would mask EOS out
     too, the model would never learn to stop, and the reward would be read at the wrong place (N1).
     """
     empty = GPT2Tokenizer(vocab={}, merges=[], pad_token="<pad>", eos_token="<eos>", bos_token=None, unk_token=None,
                           padding_side="left")
-    return empty.train_new_from_iterator([texts], vocab_size=1024, show_progress=False)
+    return empty.train_new_from_iterator([texts], vocab_size=2048, show_progress=False)
 
 
 def chunks(items, size: int):
@@ -1174,7 +1174,7 @@ def reward_model_quality(score_fn, sft, data: Data, cfg: Config) -> dict[str, fl
     gaps, score_gaps = torch.cat([(x.unsqueeze(2) - x.unsqueeze(1)).flatten(1) for x in both], dim=1)   # [sum of K*K]
     accuracy = (gaps.sign() == score_gaps.sign())[gaps.abs() > 0].float().mean().item()
     r = math.nan if data.held_out else torch.corrcoef(torch.cat(both, dim=1))[0, 1].item()
-    say(f"judge on new prompts: {accuracy:.1%} of pairs ordered as by the human, correlation {r:.2f}")
+    say(f"judge on new prompts: {accuracy:.1%} of pairs ordered as by the human" + f", correlation {r:.2f}" * (r == r))
     if r < 0.7:
         say("warning: correlation below 0.7: PPO will learn what this judge likes, not what the human likes (P1)")
     return {"accuracy": accuracy, "correlation": r}
@@ -1201,7 +1201,7 @@ def optimum(scores, kl_coef: float) -> tuple[float, float]:
 def win_rate(human: list[float], sft_human: list[float], N: int) -> float:
     """Chance that the human prefers a reply to SFT's to the same prompt, ties counting half; N replies to a prompt."""
     difference = torch.tensor(human).view(-1, N, 1) - torch.tensor(sft_human).view(-1, 1, N)            # [prompts,N,N]
-    return ((1 + difference.sign()) / 2).mean().item()
+    return ((1 + difference.sign()) / 2 + 0 * difference).mean().item()  # 0 * NaN: no human, no win rate
 
 
 def make_report(tables: dict[str, dict], sft_scores, N: int, kl_coef: float) -> dict:
@@ -1225,10 +1225,15 @@ def show_report(report: dict, tables: dict[str, dict], prompts: list[str]):
     say(f"\nTHE OPTIMUM: J(SFT) = {j_sft:.3f}, J(PPO) = {j_ppo:.3f}; the best that any policy can have is J* = "
         f"{best['objective']:.3f}: {way}\n(from {best['effective_sample_size']:.0f} effective samples per prompt)")
     for i in range(len(prompts))[2::5]:
-        say(f"\n  user        {prompts[i].strip()}")
+        say(f"\n  user        {shown(prompts[i])}")
         for name, table in tables.items():
-            say(f"  {name:10}  {table['reply'][i * len(table['reply']) // len(prompts)]}")
+            say(f"  {name:10}  {shown(table['reply'][i * len(table['reply']) // len(prompts)])}")
     say("\nSECONDS: " + ", ".join(f"{name} {x:.1f}" for name, x in report["seconds"].items()))
+
+
+def shown(text: str) -> str:
+    """The end of a text, on one line."""
+    return " ".join(text.split())[-100:]
 
 
 def peak_memory(cfg: Config) -> float:
@@ -1256,7 +1261,7 @@ def xray(rollout: Rollout, tokenizer, cfg: Config, row: int = 0, **ratios) -> st
     r, deltas = rollout, td_residuals(rollout.rewards, rollout.values, rollout.mask, cfg.gamma)
     columns = {"log pi": r.log_probs, "log ref": r.ref_log_probs, "KL": r.log_probs - r.ref_log_probs, "r_t": r.rewards,
                "V(s_t)": r.values, "delta_t": deltas, "A_t": r.advantages, "return": r.returns} | ratios
-    lines = [f'X-RAY of one reply to "{r.rows[row].prompt.strip()}" (score {r.scores[row]:.3f})',
+    lines = [f'X-RAY of one reply to "{shown(r.rows[row].prompt)}" (score {r.scores[row]:.3f})',
              f"{'token':12}" + "".join(f"{name:>11}" for name in columns)]
     for t, token in enumerate(r.reply_ids[row][r.mask[row]]):
         numbers = "".join(f"{round(x[row, t].item(), 3) + 0.0:11.3f}" for x in columns.values())

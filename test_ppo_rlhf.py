@@ -3,15 +3,22 @@ import copy
 import csv
 import json
 import math
+import os
 import random
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from itertools import combinations
 from pathlib import Path
 
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")  # no test may wait for a network
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import (AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2ForSequenceClassification,
+                          GPT2LMHeadModel, LlamaConfig, Qwen2Config)
 
 import ppo_rlhf as ppo
 
@@ -612,3 +619,449 @@ def test_the_command_line_exits_with_2_and_one_line():
     done = subprocess.run([sys.executable, script, "--gamma", "2"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+# ---- Your own data ---------------------------------------------------------------------------------------------------
+def write_jsonl(path, lines):
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def own_files(tmp_path_factory):
+    """Prompts, demonstrations and preferences in Chinese; pairs and rankings mixed, some without a prompt."""
+    folder = tmp_path_factory.mktemp("data")
+    prompts = [f"我今天很{word}，{ask}\n" for word in "难过 孤单 焦虑 沮丧 紧张".split() for ask in
+               ("怎么办？", "你在吗？", "为什么？", "帮帮我。")]
+    good, fair, bad = "听你这么说，我很心疼。出去走走吧。", "可以听音乐、运动或者聊天。", "这跟我有什么关系？"
+    return {"--prompts": write_jsonl(folder / "prompts.jsonl", [{"prompt": p} for p in prompts]),
+            "--demos": write_jsonl(folder / "demos.jsonl", [{"prompt": p, "completion": fair} for p in prompts]),
+            "--preferences": write_jsonl(folder / "preferences.jsonl", [
+                {"prompt": p, "chosen": good, "rejected": bad} if i % 3 == 0 else
+                {"prompt": p, "ranked": [good, fair, bad]} if i % 3 == 1 else
+                {"chosen": p + good, "rejected": p + bad} for i, p in enumerate(prompts)])}
+
+
+def flags_of(files, *names):
+    return [x for name in names for x in (name, files[name])]
+
+
+def test_own_data_runs_the_whole_pipeline_and_has_no_human(own_files, tmp_path, capsys):
+    ppo.main([*TINY, *flags_of(own_files, "--prompts", "--demos", "--preferences"), "--out", str(tmp_path / "run")])
+    report, shown = json.loads((tmp_path / "run" / "report.json").read_text()), capsys.readouterr().out
+    for name in ("pretrained", "sft", "ppo"):
+        assert all(report[name][x] is None for x in "helpful warm honest harmless human win_rate".split())
+        assert all(math.isfinite(report[name][x]) for x in "reward kl objective length finished".split())
+    assert 0 <= report["reward_model"]["accuracy"] <= 1 and report["reward_model"]["correlation"] is None
+    assert {row["human"] for row in read_metrics(tmp_path / "run")} == {""}
+    assert "human" not in shown.split("RESULT")[1].split("OPTIMUM")[0] and "nan" not in shown.lower()
+    assert "�" not in AutoTokenizer.from_pretrained(tmp_path / "run" / "sft").decode(
+        AutoTokenizer.from_pretrained(tmp_path / "run" / "sft")("我今天很难过").input_ids)
+
+
+@pytest.mark.parametrize("names,stage_texts", [
+    (("--prompts",), "world"), (("--preferences",), "own"), (("--demos", "--preferences"), "own")])
+def test_each_file_replaces_its_source_and_held_out_prompts_occur_in_no_stage(own_files, names, stage_texts):
+    cfg = small_config(*flags_of(own_files, *names))
+    own = {flag: ppo.read_jsonl(getattr(cfg, flag), flag) if getattr(cfg, flag) else [] for flag in ppo.REPLIES}
+    data = ppo.load_data(own, cfg)
+    assert sorted(map(len, data.prompts.values())) == [2, 2, 16]  # of 20 prompts
+    held_out = {*data.prompts["validation"], *data.prompts["test"]}
+    rows = [*data.texts, *data.demos, *sum(data.rankings, [])]
+    assert held_out.isdisjoint(row.prompt for row in rows) and held_out.isdisjoint(data.prompts["train"])
+    assert (rows[0].prompt in ppo.WORLD_PROMPTS) == (stage_texts == "world")
+    if "--preferences" in names:
+        assert len(data.rankings) == 16 and len(data.held_out) == 4 and {len(rows) for rows in data.rankings} == {2, 3}
+        assert {row.reply for row in data.demos} == {"可以听音乐、运动或者聊天。" if "--demos" in names else
+                                                     "听你这么说，我很心疼。出去走走吧。"}
+
+
+def test_a_preference_without_prompt_is_split_at_a_word(tmp_path):
+    talk = "\n\nHuman: Hello there\n\nAssistant: I"
+    path = write_jsonl(tmp_path / "hh.jsonl", [{"chosen": talk + " think so.", "rejected": talk + "t is late."}])
+    (rows,) = ppo.read_jsonl(path, "preferences")
+    assert rows[0].prompt == rows[1].prompt == "\n\nHuman: Hello there\n\nAssistant: "
+    assert [row.reply for row in rows] == ["I think so.", "It is late."]
+
+
+@pytest.mark.parametrize("room,keep_end,expected", [
+    (100, False, "One two three. Four five.\n\nSix seven. Eight nine"), (16, False, "One two three. Four five.\n\n"),
+    (8, False, "One two three. "), (4, False, "One two "), (16, True, "Six seven. Eight nine"), (5, True, "Eight nine"),
+    (2, True, "nine"), (1, False, "On")])
+def test_long_text_is_cut_at_a_paragraph_else_a_sentence_else_a_word(room, keep_end, expected):
+    class Words:  # a tokenizer of half words
+        def __call__(self, text):
+            return type("", (), {"input_ids": [x for word in text.split() for x in (word[:2], word[2:]) if x]})
+    assert ppo.cut("One two three. Four five.\n\nSix seven. Eight nine", room, Words(), keep_end) == expected
+
+
+def test_no_text_is_longer_than_its_room_and_a_cut_reply_has_no_eos(world):
+    tokenizer, actor, *_ = world
+    rng, cfg = random.Random(0), small_config("--max_new_tokens", "20")
+    text = "".join(rng.choice("abc é 天空。\n.! ") for _ in range(4000))
+    lines = [[ppo.Row(text[a:1500 + a % 700], text[b:b + rng.randrange(60)] + "x", True) for b in (a + 1, a + 2)]
+             for a in range(0, 1500, 40)]
+    for rows, old in zip(ppo.shorten(lines, tokenizer, actor.lm, cfg), lines):
+        for row, before in zip(rows, old):
+            assert len(tokenizer(row.prompt).input_ids) <= 256 - 20 and len(tokenizer(row.reply).input_ids) <= 19
+            assert before.prompt.endswith(row.prompt) and before.reply.startswith(row.reply)
+            assert row.finished == (row.reply == before.reply)
+
+
+@pytest.mark.parametrize("flag,text", [
+    ("prompts", ""), ("prompts", "hello\n"), ("prompts", "[1]\n"), ("prompts", '{"text": "x"}\n'),
+    ("prompts", '{"prompt": 3}\n'), ("prompts", '{"prompt": "a"}\n'), ("prompts", b'{"prompt": "\xff"}\n'),
+    ("demos", '{"prompt": "a"}\n'), ("demos", '{"prompt": "a", "completion": ["b"]}\n'),
+    ("preferences", '{"prompt": "a", "chosen": "b"}\n'), ("preferences", '{"prompt": "a", "ranked": ["b"]}\n'),
+    ("preferences", '{"prompt": "a", "chosen": "b", "rejected": "b"}\n'), ("preferences", '{"ranked": 3}\n'),
+    ("preferences", '{"prompt": "a", "ranked": ["b", "b", "c"]}\n')])
+def test_a_wrong_data_file_is_named_with_its_line(flag, text, tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ppo.UserError, match="data.jsonl|too few"):
+        ppo.main([*TINY, f"--{flag}", str(path), "--reward", "human" if flag == "none" else "model",
+                  *(["--preferences", str(path)] if flag == "demos" else []), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+# ---- Rewards ---------------------------------------------------------------------------------------------------------
+REWARD = '''
+def length(prompts, replies, finished):
+    return [len(reply) / 10 for reply in replies]
+def nan(prompts, replies, finished):
+    return [float("nan")] * len(replies)
+def short(prompts, replies, finished):
+    return [1.0]
+'''
+
+
+def test_a_function_in_a_file_is_a_reward(run, tmp_path):
+    (tmp_path / "my.py").write_text(REWARD)
+    ppo.main([*TINY, "--init_from", str(run), "--reward", f"{tmp_path}/my.py:length", "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run" / "reward_model").exists()
+    assert all(math.isfinite(float(row["reward"])) for row in read_metrics(tmp_path / "run"))
+    for function in ("nan", "short", "missing"):
+        with pytest.raises(ppo.UserError, match="for the reply '|1 scores for|cannot|is not") as error:
+            ppo.main([*TINY, "--init_from", str(run), "--reward", f"{tmp_path}/my.py:{function}",
+                      "--out", str(tmp_path / function)])
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("labels", [1, 3])
+def test_a_classifier_with_its_own_tokenizer_is_a_reward(world, labels, tmp_path):
+    tokenizer, actor, *_ = world
+    torch.manual_seed(0)
+    model = GPT2ForSequenceClassification(GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_layer=1, n_embd=16,
+                                                     n_head=2, num_labels=labels, pad_token_id=tokenizer.pad_token_id))
+    model.save_pretrained(tmp_path / "judge"), tokenizer.save_pretrained(tmp_path / "judge")
+    score_fn = ppo.load_reward(small_config("--reward", str(tmp_path / "judge")))
+    prompts, replies = ["I feel sad.\n", "Hello\n"], ["Call a friend.", "No."]
+    with torch.no_grad():
+        expected = [model.eval()(torch.tensor([tokenizer(p + r).input_ids])).logits[0, -1].item()
+                    for p, r in zip(prompts, replies)]
+    assert score_fn(prompts, replies, [True, True]) == pytest.approx(expected, abs=1e-4)
+
+
+# ---- Real models -----------------------------------------------------------------------------------------------------
+CONFIGS = {"gpt2": lambda **ids: GPT2Config(n_positions=128, n_layer=1, n_embd=32, n_head=2, **ids),
+           "llama": lambda **ids: LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, **ids,
+                                              num_attention_heads=2, max_position_embeddings=128),
+           "qwen2": lambda **ids: Qwen2Config(hidden_size=32, intermediate_size=48, num_hidden_layers=2, **ids,
+                                              num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=128)}
+
+
+def save_foreign_model(folder, architecture, tokenizer, pad):
+    """A model as it may come from a hub: padding missing, or the same token as EOS, or neither token there."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.pad_token = tokenizer.eos_token if pad == "eos" else None
+    tokenizer.eos_token = None if pad == "neither" else tokenizer.eos_token
+    torch.manual_seed(0)
+    config = CONFIGS[architecture](vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0, pad_token_id=None)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder), tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+@pytest.mark.parametrize("architecture,pad", [("gpt2", "missing"), ("llama", "eos"), ("qwen2", "neither")])
+def test_any_causal_language_model_runs_the_whole_pipeline(world, architecture, pad, tmp_path):
+    eos = save_foreign_model(tmp_path / "base", architecture, world[0], pad).eos_token
+    ppo.main([*TINY, "--model", str(tmp_path / "base"), "--out", str(tmp_path / "run"), "--max_new_tokens", "8"])
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "policy")
+    lm = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "policy")
+    assert lm.config.model_type == architecture and lm.config.max_position_embeddings == 128
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id and tokenizer.eos_token == (eos or "<eos>")
+    assert max(tokenizer.pad_token_id, tokenizer.eos_token_id) < lm.get_input_embeddings().num_embeddings
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["lr"] == ppo.REAL_MODEL["lr"]
+    assert all(float(row["first_log_ratio"]) < 1e-5 for row in read_metrics(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_the_invariants_of_reading_hold_for_every_architecture(architecture):
+    torch.manual_seed(0)
+    lm = AutoModelForCausalLM.from_config(CONFIGS[architecture](vocab_size=23, bos_token_id=1, eos_token_id=1,
+                                                                pad_token_id=0, initializer_range=0.3))
+    actor, (prompt_ids, prompt_mask, reply_ids, mask) = ppo.ActorCritic(lm), random_batch()
+    torch.nn.init.normal_(actor.head[-1].weight)
+    with torch.no_grad():
+        logits, values = actor(prompt_ids, prompt_mask, reply_ids, mask)
+        for i, T in enumerate(mask.sum(1).tolist()):  # alone as in the batch
+            logits1, values1 = actor(prompt_ids[i:i + 1, prompt_mask[i]], prompt_mask[i:i + 1, prompt_mask[i]],
+                                     reply_ids[i:i + 1, :T], mask[i:i + 1, :T])
+            assert torch.allclose(logits[i, :T], logits1[0], atol=1e-4)
+            assert torch.allclose(values[i, :T], values1[0], atol=1e-4)
+        ids, mask = ppo.generate(actor, prompt_ids, prompt_mask, 9, eos_id=1, pad_id=0, temperature=1e-4)  # greedy
+        logits, _ = actor(prompt_ids, prompt_mask, ids, mask)  # the cache gives what one pass gives
+    assert torch.equal(logits.argmax(-1)[mask], ids[mask])
+
+
+def test_a_model_that_cannot_be_had_is_one_line_that_says_how_to_go_on(tmp_path):
+    for name in ("no-such-org/no-such-model", str(tmp_path)):
+        with pytest.raises(ppo.UserError, match="--model tiny") as error:
+            ppo.main([*TINY, "--model", name, "--out", str(tmp_path / "out")])
+        assert "\n" not in str(error.value) and "local folder" in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+# ---- Precision and memory --------------------------------------------------------------------------------------------
+def gradients_of_one_update(actor, rollout, cfg):
+    actor = copy.deepcopy(actor)
+    ppo.update_policy(actor, torch.optim.SGD(actor.parameters(), lr=0.0), rollout, cfg)
+    return [p.grad for p in actor.parameters() if p.grad is not None]
+
+
+@pytest.fixture(scope="module")
+def rollout(world):
+    """Replies of very different lengths: a mean of means would not be the mean."""
+    tokenizer, actor, reward_model, prompts = world
+    torch.manual_seed(2)
+    cfg = small_config("--max_new_tokens", "30")
+    rollout = ppo.collect_rollout(actor, ppo.frozen(actor), reward_model.score, prompts, cfg)
+    column = torch.arange(rollout.mask.shape[1])
+    rollout.mask &= column < torch.tensor([30, 1, 2, 1, 20, 3, 1, 5]).unsqueeze(1)
+    return rollout
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_micro_batches_give_the_gradient_of_the_whole_minibatch(world, rollout, size):
+    flags = ["--minibatches", "1", "--ppo_epochs", "1", "--ent_coef", "0.1", "--max_grad_norm", "1e9"]
+    whole = gradients_of_one_update(world[1], rollout, small_config(*flags))
+    parts = gradients_of_one_update(world[1], rollout, small_config(*flags, "--micro_batch_size", str(size)))
+    assert len(whole) == len(parts) and any(x.abs().max() > 1e-3 for x in whole)
+    assert all(torch.allclose(a, b, atol=1e-5, rtol=1e-4) for a, b in zip(whole, parts))
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_gradient_checkpointing_gives_the_same_gradient_and_dropout_stays_off(architecture):
+    torch.manual_seed(0)
+    config = CONFIGS[architecture](vocab_size=23, bos_token_id=1, eos_token_id=1, pad_token_id=0)
+    for name in ("attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"):
+        setattr(config, name, 0.5)
+    lm, batch, gradients, calls = AutoModelForCausalLM.from_config(config), random_batch(), [], []
+    for flags in ([], ["--gradient_checkpointing"]):
+        actor = ppo.ActorCritic(copy.deepcopy(lm), cfg=small_config(*flags))
+        actor.lm.base_model.register_forward_hook(lambda *_: None)
+        layer = next(m for m in actor.lm.modules() if hasattr(m, "gradient_checkpointing") and type(m) is not type(lm)
+                     and type(m) is not type(lm.base_model))
+        count = []
+        list(layer.children())[0].register_forward_hook(lambda *_, count=count: count.append(1))
+        ppo.masked_mean(ppo.token_log_probs(actor(*batch)[0], batch[2]), batch[3]).backward()
+        gradients.append([p.grad for p in actor.lm.parameters()]), calls.append(len(count))
+        with torch.no_grad():
+            ids, mask = ppo.generate(actor, *batch[:2], 5, eos_id=-1, pad_id=0, temperature=1e-4)
+            assert torch.equal(actor(*batch[:2], ids, mask)[0].argmax(-1), ids)  # the cache still works
+    assert calls == [1, 2]  # recomputed once in the backward pass
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients))
+
+
+def test_bfloat16_reaches_the_language_model_only(world, rollout):
+    actor = copy.deepcopy(world[1])
+    actor.bf16 = True  # on the CPU too, to see what a GPU would do
+    seen = []
+    list(actor.lm.base_model.children())[-1].register_forward_hook(lambda module, inputs, out: seen.append(inputs[0].dtype))
+    actor.lm.get_output_embeddings().register_forward_hook(lambda module, inputs, out: seen.append(out.dtype))
+    log_probs, values, logits = ppo.read_replies(actor, rollout.batch, 0.7)
+    assert torch.bfloat16 in seen and {log_probs.dtype, values.dtype, logits.dtype} == {torch.float32}
+    exact = ppo.read_replies(world[1], rollout.batch, 0.7)[0]
+    difference = (log_probs - exact)[rollout.mask].abs().max()
+    assert 0 < difference < 0.1
+    assert not small_config("--bf16").device.startswith("cuda") and not ppo.ActorCritic(actor.lm, cfg=small_config()).bf16
+
+
+# ---- Several processes -----------------------------------------------------------------------------------------------
+WORKER = '''
+import pathlib, sys, torch
+sys.path.insert(0, sys.argv[1])
+import torch.distributed as dist
+import ppo_rlhf as ppo
+folder = pathlib.Path(sys.argv[2])
+cfg, rollout = torch.load(folder / "rollout.pt", weights_only=False)
+ppo.join_processes(cfg)
+actor = ppo.load_model(ppo.ActorCritic, folder / "actor", cfg)
+part = ppo.Rollout(**{name: ppo.share(x) for name, x in vars(rollout).items()})
+ppo.update_policy(actor, torch.optim.SGD(actor.parameters(), lr=0.0), part, cfg)
+white = ppo.whiten(part.advantages, part.mask)
+texts = ppo.gather([row.reply for row in part.rows])
+grads = [p.grad for p in actor.parameters() if p.grad is not None]
+rows = [ppo.Row("I feel sad.\\n", "Call a friend" + "!" * n, True) for n in range(9)]
+ppo.fit_language_model(actor, rows, 3, 1e-2, "test", cfg)
+torch.save({"grads": grads, "white": white, "texts": texts, "weights": [*actor.parameters()],
+            "variance": ppo.moments(part.returns, part.mask)[1]}, f"{sys.argv[3]}-{ppo.RANK}.pt")
+'''
+
+
+def launch(processes, *command):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}",
+                           "--master-port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", *map(str, command)],
+                          capture_output=True, text=True, env=environment, timeout=120)
+
+
+def test_two_processes_compute_what_one_computes(world, rollout, tmp_path):
+    cfg = small_config("--minibatches", "1", "--ppo_epochs", "1", "--max_grad_norm", "1e9")
+    torch.save((cfg, rollout), tmp_path / "rollout.pt"), ppo.save_model(world[1], tmp_path / "actor")
+    (tmp_path / "worker.py").write_text(WORKER)
+    results = {}
+    for processes in (1, 2):
+        done = launch(processes, tmp_path / "worker.py", Path(__file__).parent, tmp_path,
+                      tmp_path / f"out{processes}")
+        assert done.returncode == 0, done.stderr[-2000:]
+        results[processes] = [torch.load(tmp_path / f"out{processes}-{rank}.pt") for rank in range(processes)]
+    (one,), two = results[1], results[2]
+    assert one["texts"] == two[0]["texts"] == two[1]["texts"] == [row.reply for row in rollout.rows]
+    assert torch.allclose(one["white"], torch.cat([x["white"] for x in two]), atol=1e-5)
+    for other in two:
+        assert all(torch.allclose(a, b, atol=1e-5, rtol=1e-4) for a, b in zip(one["grads"], other["grads"]))
+        assert all((a - b).abs().mean() < 1e-4 for a, b in zip(one["weights"], other["weights"]))  # Adam blows up rounding
+        assert other["variance"] == pytest.approx(one["variance"], rel=1e-4)
+    assert all(torch.equal(a, b) for a, b in zip(two[0]["weights"], two[1]["weights"]))
+
+
+def test_a_run_with_two_processes_writes_one_folder_and_speaks_once(tmp_path):
+    script = Path(__file__).with_name("ppo_rlhf.py")
+    done = launch(2, script, *TINY, "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("RESULT on") == 1 and len(read_metrics(tmp_path / "run")) == 3
+    assert {row["episodes"] for row in read_metrics(tmp_path / "run")} == {"8", "16", "24"}
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["sft"]["win_rate"] == pytest.approx(0.5)
+
+
+# ---- Stop and go on --------------------------------------------------------------------------------------------------
+class Killed(BaseException):
+    """Nobody can catch this by accident."""
+
+
+def same_results(a, b):
+    assert read_metrics(a) == read_metrics(b)
+    for name in ("pretrain", "sft", "reward_model", "policy"):
+        for file in ("model.safetensors", "heads.safetensors"):
+            assert (a / name / file).read_bytes() == (b / name / file).read_bytes(), (name, file)
+
+
+@pytest.mark.parametrize("save,half_written", [(1, False), (2, True), (4, False), (7, True), (9, False), (11, True)])
+def test_a_run_killed_while_saving_and_resumed_ends_like_one_never_stopped(run, save, half_written, tmp_path, monkeypatch):
+    """With --save_every 1, the six saves are three stages' folders and states, and the cycles' states and metrics."""
+    replace, count = os.replace, [0]
+
+    def die(source, target):
+        count[0] += 1
+        if count[0] == save:
+            if half_written and Path(source).is_file():
+                Path(source).write_bytes(Path(source).read_bytes()[:100])
+            raise Killed
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", die)
+    with pytest.raises(Killed):
+        ppo.main([*TINY, "--save_every", "1", "--out", str(tmp_path / "run")])
+    monkeypatch.setattr(os, "replace", replace)
+    ppo.main(["--resume", str(tmp_path / "run")])
+    same_results(run, tmp_path / "run")
+
+
+@pytest.mark.parametrize("stage,step", [("pretraining", 2), ("reward model", 4), ("PPO", 1)])
+def test_ctrl_c_saves_and_the_resumed_run_ends_like_one_never_stopped(run, stage, step, tmp_path, monkeypatch):
+    rng_of = ppo.stage_rng
+
+    def press(cfg, name):
+        if name == f"{stage} {step}":
+            ppo.STOP.append(True)
+        return rng_of(cfg, name)
+
+    monkeypatch.setattr(ppo, "stage_rng", press)
+    with pytest.raises(KeyboardInterrupt, match="--resume"):
+        ppo.main([*TINY, "--out", str(tmp_path / "run")])
+    monkeypatch.setattr(ppo, "stage_rng", rng_of)
+    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    assert (state["stage"], state["step"]) == (stage, step + 1)
+    ppo.STOP.clear()
+    ppo.main(["--resume", str(tmp_path / "run")])
+    same_results(run, tmp_path / "run")
+
+
+def test_a_damaged_or_foreign_state_is_one_line_and_nothing_is_overwritten(run, tmp_path):
+    def copy_of_run(name):
+        shutil.copytree(run, tmp_path / name)
+        return tmp_path / name
+
+    def snapshot(folder):
+        return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+    cut, foreign, model, settings = (copy_of_run(name) for name in ("cut", "foreign", "model", "settings"))
+    (cut / "state.pt").write_bytes((cut / "state.pt").read_bytes()[:1000])
+    torch.save({"stage": "PPO", "weights": [1]}, foreign / "state.pt")
+    (model / "sft" / "model.safetensors").write_bytes(b"junk")
+    (settings / "config.json").write_text("{}")
+    for folder in (cut, foreign, model, settings, tmp_path):
+        before = snapshot(folder)
+        with pytest.raises(ppo.UserError) as error:
+            ppo.main(["--resume", str(folder)])
+        assert "\n" not in str(error.value) and snapshot(folder) == before
+    with pytest.raises(ppo.UserError, match="own settings"):
+        ppo.main(["--resume", str(run), "--cycles", "9"])
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_cycle(run, tmp_path, monkeypatch):
+    loss, calls = ppo.policy_loss, []
+
+    def explode(*args):
+        calls.append(1)
+        value, clipped = loss(*args)
+        return (value * NAN if len(calls) == 12 else value), clipped  # 8 updates per cycle: in the second
+
+    monkeypatch.setattr(ppo, "policy_loss", explode)
+    with pytest.raises(ppo.UserError, match="cycle 2"):
+        ppo.main([*TINY, "--init_from", str(run), "--save_every", "1", "--out", str(tmp_path / "run")])
+    monkeypatch.setattr(ppo, "policy_loss", loss)
+    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    assert state["step"] == 1 and all(x.isfinite().all() for x in state["actor"].values())
+    ppo.main(["--resume", str(tmp_path / "run")])
+    same_results(run, tmp_path / "run")
+
+
+def test_a_full_disk_is_one_line_and_the_last_save_stays(run, tmp_path, monkeypatch):
+    save = torch.save
+
+    def full(state, path):
+        if state["step"] == 2:
+            Path(path).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        save(state, path)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(ppo.UserError, match="No space left"):
+        ppo.main([*TINY, "--init_from", str(run), "--save_every", "1", "--out", str(tmp_path / "run")])
+    monkeypatch.setattr(torch, "save", save)
+    assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["step"] == 1
+    ppo.main(["--resume", str(tmp_path / "run")])
+    same_results(run, tmp_path / "run")
+
+
+def test_ctrl_c_on_the_command_line_exits_with_130_and_the_command_to_go_on(run, tmp_path):
+    script, out = Path(__file__).with_name("ppo_rlhf.py"), tmp_path / "run"
+    process = subprocess.Popen([sys.executable, script, *TINY, "--cycles", "1000", "--init_from", run, "--out", out],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (out / "metrics.csv").exists() and process.poll() is None:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    shown, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and f"--resume {out}" in shown and errors == ""
+    assert len(read_metrics(out)) == torch.load(out / "state.pt", weights_only=True)["step"] > 0
