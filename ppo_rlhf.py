@@ -6,7 +6,7 @@
 
 FOUR MODELS: three small GPT-2s of one size, each with weights of its own, and a critic on top of the actor (T7)
     actor         pi     the policy that PPO trains                        ActorCritic.lm
-    critic        V      predicts the reward still to come, per token      ActorCritic.value_head
+    critic        V      predicts the reward still to come, per token      ActorCritic.head
     reference     pi_ref the SFT model, frozen: how far may the actor go?  frozen(sft)
     reward model  r_RM   the stand-in for the human, frozen during PPO     RewardModel
 
