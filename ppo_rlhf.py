@@ -479,7 +479,7 @@ class RewardModel(HeadedModel):
 
     def __init__(self, lm, tokenizer=None, cfg: Config = Config()):
         super().__init__(lm, tokenizer, cfg)
-        for name, start in (("mean", 0.0), ("std", 1.0)):  # `train_reward_model` sets them so that SFT's replies have
+        for name, start in (("mean", 0.0), ("std", 1.0)):  # `normalize` sets them so that SFT's replies have
             self.register_buffer(name, torch.tensor(start, device=cfg.device))  # mean 0 and std 1: beta's scale (N5)
 
     def forward(self, prompt_ids, prompt_mask, reply_ids, reply_mask):
@@ -718,7 +718,7 @@ def ranking_loss(scores):
 
     L = -mean over the K(K-1)/2 pairs i < j of log sigmoid(s_i - s_j)        (L3; InstructGPT eq. 1)
 
-    Only differences enter, so the scores' zero and unit stay open: `train_reward_model` sets them afterwards.
+    Only differences enter, so the scores' zero and unit stay open: `normalize` sets them afterwards.
     """
     better, worse = torch.triu_indices(scores.shape[1], scores.shape[1], offset=1)
     return -F.logsigmoid(scores[:, better] - scores[:, worse]).mean()
@@ -1050,20 +1050,6 @@ def adapt_kl_coef(kl_coef: float, kl: float, target: float) -> float:
     return kl_coef * (1 + 0.1 * min(max(kl / target - 1, -0.2), 0.2))
 
 
-# ======================================================================================================================
-# 6  The loop
-# ======================================================================================================================
-# The columns of metrics.csv, and what they do in a healthy run:
-#   reward, objective    rise quickly, then flatten; objective = reward - beta * kl is what PPO maximises
-#   human                follows the reward. If it falls while the reward rises, the reward model is being fooled (P1)
-#   kl                   0 at first, rises to a few nats and stays. If it keeps rising, beta is too small (P2)
-#   validation           the objective on held-out prompts, every eval_every cycles
-#   entropy              falls, not to 0 at once: then nothing is tried any more
-#   clip_fraction        0 to 0.2. Much more: lr or ppo_epochs too large
-#   approx_kl            to the *old* policy, per token: how far one cycle moves, well below 0.1
-#   first_log_ratio      below 1e-5, always: otherwise the old log-probs are wrong
-#   policy_loss          jitters around 0 and means little: its sampling distribution changes with every cycle
-#   value_loss           falls;  explained_variance: from 0 up; a good critic nears 1
 def describe(rollouts: list[Rollout], kl_coef: float) -> dict[str, list]:
     """What there is to say of each reply, a list per column, from all processes: reply (the text), the human's verdicts
     (see `judge`), reward, kl, objective = reward - beta * kl, reply_length in tokens, finished.
@@ -1326,11 +1312,14 @@ def load_reward(cfg: Config):
         file, _, function = cfg.reward.rpartition(":")
         if file.endswith(".py"):
             return runpy.run_path(file)[function]
-        judge = pipeline("text-classification", cfg.reward, device=cfg.device, function_to_apply="none", truncation=True)
-        label = judge.model.config.id2label[judge.model.config.num_labels - 1]
+        classify = pipeline("text-classification", cfg.reward, device=cfg.device, function_to_apply="none",
+                            truncation=True)
+        label = classify.model.config.id2label[classify.model.config.num_labels - 1]
+
     def score(prompts, replies, finished):
-        results = judge([prompt + reply for prompt, reply in zip(prompts, replies)], top_k=None)
+        results = classify([prompt + reply for prompt, reply in zip(prompts, replies)], top_k=None)
         return [{x["label"]: x["score"] for x in result}[label] for result in results]
+
     return score
 
 
