@@ -104,7 +104,7 @@ class Config:
     ppo_epochs: int = HfArg(default=4, help="Passes over each batch, 2 to 4. More: staler data, more clipping. (N9)")
     minibatches: int = HfArg(default=2, help="Updates per pass, 1 to 8; divides batch_size. More: faster, noisier.")
     lr: float = HfArg(default=3e-4, help="PPO's learning rate, annealed to 0; below SFT's. With --model, 1e-5. (P3)")
-    max_grad_norm: float = HfArg(default=1.0, help="Longer gradients are cut to this length, 0.5 to 1.")
+    max_grad_norm: float = HfArg(default=1.0, help="Longer gradients are cut to this length, 0.5 to 1; in all stages.")
     # PPO: the reward
     kl_coef: float = HfArg(default=0.1, help="beta, 0.01 to 0.2: price of a nat of KL. 0: hacking. (S2, P2)")
     kl_target: float | None = HfArg(default=None, help="If given, beta adapts until a reply's KL is so many nats. (T6)")
@@ -161,8 +161,7 @@ def parse_config(argv=None) -> Config:
     parser.error = lambda message: check(False, f"{message} (see --help)")
     if parser.parse_known_args(argv)[0].model != "tiny":
         parser.set_defaults(**REAL_MODEL)
-    cfg, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
-    check(not unknown, f"unknown argument {' '.join(unknown)} (see --help)")
+    cfg = Config(**vars(parser.parse_args(argv)))
     if cfg.resume:
         check(cfg == Config(resume=cfg.resume), "--resume goes on with that run's own settings; leave out other flags")
         with explain(f"--resume {cfg.resume} is not the folder of a run", OSError, ValueError, TypeError):
@@ -328,13 +327,13 @@ def cut(text: str, room: int, tokenizer, keep_end: bool = False) -> str:
     return text
 
 
-def shorten(lines: list[list[Row]], tokenizer, lm, cfg: Config) -> list[list[Row]]:
+def shorten(lines: list[list[Row]], model, cfg: Config) -> list[list[Row]]:
     """Cut what is too long: prompts keep their end, replies their beginning but no EOS, for they would go on (N2)."""
-    short, positions = [], getattr(lm.config.get_text_config(), "max_position_embeddings", None) or 1 << 20
+    short, positions = [], getattr(model.lm.config.get_text_config(), "max_position_embeddings", None) or 1 << 20
     check(cfg.max_new_tokens <= positions - 32, f"--max_new_tokens must leave 32 of {positions} positions to the prompt")
     for rows in lines:
-        prompt = cut(rows[0].prompt, positions - cfg.max_new_tokens, tokenizer, keep_end=True)
-        replies = [cut(row.reply, cfg.max_new_tokens - 1, tokenizer) for row in rows]
+        prompt = cut(rows[0].prompt, positions - cfg.max_new_tokens, model.tokenizer, keep_end=True)
+        replies = [cut(row.reply, cfg.max_new_tokens - 1, model.tokenizer) for row in rows]
         short.append([Row(prompt, reply, reply == row.reply) for reply, row in zip(replies, rows)])
     cuts = sum([row[:2] for row in old] != [row[:2] for row in new] for old, new in zip(lines, short))
     if lines:
@@ -428,14 +427,13 @@ class HeadedModel(nn.Module):
     def __init__(self, lm, tokenizer=None, cfg: Config = Config()):
         super().__init__()
         self.lm = lm.eval()  # eval() permanently: dropout would change a token's probability from call to call (N8)
-        self.tokenizer, self.micro_batch_size = tokenizer, cfg.micro_batch_size
-        self.bf16 = cfg.bf16 and cfg.device.startswith("cuda")  # for the language model; the head stays in float32 (R3)
+        self.tokenizer, self.cfg = tokenizer, cfg
         if cfg.gradient_checkpointing:
             lm.gradient_checkpointing_enable()
         width = lm.config.get_text_config().hidden_size
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, 1))
-        self.head[-1].weight.data.zero_()  # the first value is 0, the mean of a normalised reward (N5)
-        self.head[-1].bias.data.zero_()
+        for parameter in self.head[-1].parameters():
+            nn.init.zeros_(parameter)  # the first value is 0, the mean of a normalised reward (N5)
         self.to(cfg.device)
 
     def read(self, ids, mask, positions, keep: int, **options):
@@ -443,7 +441,8 @@ class HeadedModel(nn.Module):
         for layer in self.lm.modules():  # the library recomputes activations in training mode only: switch that on for
             if getattr(layer, "gradient_checkpointing", False):  # the layer itself, not for the dropout inside it
                 layer.training = torch.is_grad_enabled()
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bf16):
+        # bfloat16 for the language model, on a GPU; what is computed from its output stays in float32 (R3)
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.cfg.bf16 and "cuda" in self.cfg.device):
             return self.lm(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=keep, **options)
 
 
@@ -477,24 +476,18 @@ class RewardModel(HeadedModel):
     Only there has the model seen the whole reply; attention looks back, never ahead.
     """
 
-    def __init__(self, lm, tokenizer=None, cfg: Config = Config()):
-        super().__init__(lm, tokenizer, cfg)
-        for name, start in (("mean", 0.0), ("std", 1.0)):  # `normalize` sets them so that SFT's replies have
-            self.register_buffer(name, torch.tensor(start, device=cfg.device))  # mean 0 and std 1: beta's scale (N5)
-
     def forward(self, prompt_ids, prompt_mask, reply_ids, reply_mask):
-        """Scores [B] in standard deviations of SFT's replies."""
+        """Scores [B]; after `normalize`, in standard deviations of SFT's replies."""
         inputs = join(prompt_ids, prompt_mask, reply_ids, reply_mask)
         hidden = self.read(*inputs, keep=1, output_hidden_states=True, use_cache=False).hidden_states[-1]
         last = prompt_ids.shape[1] - 1 + reply_mask.sum(dim=1)  # not column -1: that is padding for all but the longest
-        score = self.head(hidden[torch.arange(len(last), device=last.device), last].float())            # [B,1]
-        return (score.squeeze(-1) - self.mean) / self.std
+        return self.head(hidden[torch.arange(len(last), device=last.device), last].float()).squeeze(-1)    # [B]
 
     @torch.no_grad()
     def score(self, prompts: list[str], replies: list[str], finished: list[bool]) -> list[float]:
         """The reward model as a score_fn."""
         rows = list(zip(prompts, replies, finished))
-        return torch.cat([self(*encode(self, part)) for part in chunks(rows, self.micro_batch_size)]).tolist()
+        return torch.cat([self(*encode(self, part)) for part in chunks(rows, self.cfg.micro_batch_size)]).tolist()
 
 
 def frozen(model: nn.Module) -> nn.Module:
@@ -503,7 +496,7 @@ def frozen(model: nn.Module) -> nn.Module:
 
 
 def load_pretrained(source: str | Path):
-    """(tokenizer, lm) from a folder or hub id. If it lacks EOS or padding, or has one token for both (N1), add new ones."""
+    """(lm, tokenizer) from a folder or hub id. If it lacks EOS or padding, or has one token for both (N1), add new ones."""
     with explain(f"no usable model in {source}; give a local folder, a hub id with network, or --model tiny", Exception):
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", trust_remote_code=False)
         lm = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, trust_remote_code=False)
@@ -515,25 +508,25 @@ def load_pretrained(source: str | Path):
     if len(tokenizer) > lm.get_input_embeddings().num_embeddings:
         lm.resize_token_embeddings(len(tokenizer))
     lm.config.eos_token_id, lm.config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
-    return tokenizer, lm
+    return lm, tokenizer
 
 
-def base_model(own: dict[str, list[list[Row]]], cfg: Config):
-    """What everything starts from -> (tokenizer, lm): a GPT-2 of this task's size with random weights, or --model."""
+def base_model(own: dict[str, list[list[Row]]], cfg: Config) -> ActorCritic:
+    """What everything starts from: --model, or a GPT-2 of this task's size with random weights."""
     stage_rng(cfg, "model")
     source = finished_stage("pretrain", cfg) or cfg.model
     if source != "tiny":
-        return load_pretrained(source)
+        return ActorCritic(*load_pretrained(source), cfg)
     rows = sum(sum(own.values(), []), [])
     if not (own["demos"] or own["preferences"]):
         rows += write_texts(random.Random(0), split(WORLD_PROMPTS)["train"], PRETRAIN_MIX)
     tokenizer = train_tokenizer([text for row in rows for text in (row.prompt, row.reply)])
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    return tokenizer, GPT2LMHeadModel(GPT2Config(
+    return ActorCritic(GPT2LMHeadModel(GPT2Config(
         vocab_size=len(tokenizer), n_positions=256, n_layer=cfg.n_layer, n_embd=cfg.n_embd, n_head=cfg.n_head,
         activation_function="gelu_pytorch_tanh",  # GPT-2's own function, fused: a quarter faster than "gelu_new"
         initializer_range=0.08,                   # GPT-2's 0.02 suits a width of 768; narrow models want more
-        bos_token_id=eos, eos_token_id=eos, pad_token_id=pad))
+        bos_token_id=eos, eos_token_id=eos, pad_token_id=pad)), tokenizer, cfg)
 
 
 def token_log_probs(logits, tokens):
@@ -580,7 +573,7 @@ def say(text=""):
 
 
 # ---- Training in steps that can be stopped ---------------------------------------------------------------------------
-STOP = []  # not empty: Ctrl-C was pressed
+STOP = []  # not empty: Ctrl-C was pressed; holds how to go on
 
 
 def stage_rng(cfg: Config, stage: str) -> random.Random:
@@ -626,20 +619,20 @@ def resumable(steps: int, stage: str, save_every: int, parts: dict, log: list, c
                 torch.save({name: part.state_dict() for name, part in parts.items()} | {
                     "stage": stage, "step": step + 1, "log": log, "settings": settings}, temporary)
         if stop:
-            raise KeyboardInterrupt(f"stopped in {stage}, step {step + 1}; to go on: {sys.argv[0]} --resume {cfg.out}")
+            raise KeyboardInterrupt
 
 
-def descend(model, optimizer, loss_fn, batch, cfg: Config, max_norm: float = 1.0) -> dict[str, float]:
+def descend(model, optimizer, loss_fn, batch, cfg: Config) -> dict[str, float]:
     """One update on the mean loss over a batch, however it is divided: into micro batches, among processes (R1, R2).
 
-    loss_fn(part of the batch) -> (mean loss over that part, number of tokens in it, metrics). The parts' gradients are
+    loss_fn(model, part of the batch) -> (mean loss over that part, number of tokens in it, metrics). The gradients are
     weighted by these numbers: a plain mean of means would favour the tokens of a part with short replies.
     Returns loss and metrics, each the mean over all tokens.
     """
     optimizer.zero_grad()
     sums = []  # of token counts, losses and metrics, a list for each part
     for part in chunks(batch, cfg.micro_batch_size):
-        loss, count, metrics = loss_fn(part)
+        loss, count, metrics = loss_fn(model, part)
         (loss * count).backward()
         sums.append((torch.stack([torch.ones_like(loss), loss, *metrics.values()]) * count).tolist())
     count, *sums = (sum(column) for column in zip(*gather(sums)))
@@ -648,14 +641,14 @@ def descend(model, optimizer, loss_fn, batch, cfg: Config, max_norm: float = 1.0
         dist.all_reduce(flat := nn.utils.parameters_to_vector(gradients))
         nn.utils.vector_to_parameters(flat, gradients)
     torch._foreach_div_(gradients, count)
-    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
     check(norm.isfinite(), "loss or gradient is infinite or NaN; try a lower learning rate")
     optimizer.step()
     return dict(zip(["loss", *metrics], (x / count for x in sums)))
 
 
 def minimize(model, loss_fn, rows: list, batch_size: int, steps: int, lr: float, stage: str, cfg: Config):
-    """Supervised training: `steps` updates of AdamW, the learning rate warmed up over a tenth, then to 0."""
+    """Supervised training: `steps` updates of AdamW, the learning rate warmed up over a tenth, then to 0. -> the model"""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)
     parts, losses = {"model": model, "optimizer": optimizer, "schedule": schedule}, []
@@ -665,37 +658,30 @@ def minimize(model, loss_fn, rows: list, batch_size: int, steps: int, lr: float,
             losses.append(descend(model, optimizer, loss_fn, batch, cfg)["loss"])
         schedule.step()
     say(f"{stage}: {steps} steps, loss {sum(losses[-50:]) / max(len(losses[-50:]), 1):.3f}")
+    return model
 
 
 # ---- Stages 0 and 1 --------------------------------------------------------------------------------------------------
-def fit_language_model(actor, rows: list[Row], steps: int, lr: float, stage: str, cfg: Config):
-    """Stages 0 and 1: learn to continue a prompt as the texts do; the loss is on the reply only, EOS included.
+def imitation_loss(actor, rows: list[Row]):
+    """Loss of stages 0 and 1, for `descend`: continue a prompt as the texts do. On the reply only, EOS included.
 
     L = -mean_t log pi(a_t | s_t)      over the real reply tokens
 
-    Real pretraining predicts every token of its texts. Changes `actor.lm` in place.
+    Real pretraining predicts every token of its texts.
     """
-    def loss(rows):
-        prompt_ids, prompt_mask, reply_ids, mask = encode(actor, rows)
-        logits, _ = actor(prompt_ids, prompt_mask, reply_ids, mask)                                     # [B,T,V]
-        return masked_mean(-token_log_probs(logits, reply_ids), mask), mask.sum(), {}
-
-    minimize(actor.lm, loss, rows, 16, steps, lr, stage, cfg)
+    prompt_ids, prompt_mask, reply_ids, mask = encode(actor, rows)
+    logits, _ = actor(prompt_ids, prompt_mask, reply_ids, mask)                                         # [B,T,V]
+    return masked_mean(-token_log_probs(logits, reply_ids), mask), mask.sum(), {}
 
 
-def pretrain(lm, tokenizer, texts: list[Row], cfg: Config) -> ActorCritic:
+def pretrain(actor, texts: list[Row], cfg: Config) -> ActorCritic:
     """Stage 0 stands in for GPT-2's pretraining: fluent, and no idea what the human wants. A real --model skips it."""
-    stage_rng(cfg, "critic")
-    actor = ActorCritic(lm, tokenizer, cfg)
-    fit_language_model(actor, texts, cfg.pretrain_steps, cfg.sft_lr, "pretraining", cfg)
-    return actor
+    return minimize(actor, imitation_loss, texts, 16, cfg.pretrain_steps, cfg.sft_lr, "pretraining", cfg)
 
 
 def finetune(pretrained, demos: list[Row], cfg: Config) -> ActorCritic:
     """Stage 1: imitate demonstrations, which are correct but mostly mechanical (D). -> the SFT model, a new actor"""
-    actor = copy.deepcopy(pretrained)
-    fit_language_model(actor, demos, cfg.sft_steps, cfg.sft_lr, "SFT", cfg)
-    return actor
+    return minimize(copy.deepcopy(pretrained), imitation_loss, demos, 16, cfg.sft_steps, cfg.sft_lr, "SFT", cfg)
 
 
 # ---- Stage 2 ---------------------------------------------------------------------------------------------------------
@@ -724,29 +710,29 @@ def ranking_loss(scores):
     return -F.logsigmoid(scores[:, better] - scores[:, worse]).mean()
 
 
-def fit_reward_model(model, rankings: list[list[Row]], steps: int, lr: float, cfg: Config):
-    """Minimise the ranking loss, ranking by ranking (they may differ in length). Changes `model` in place."""
-    def loss(batch):
-        scores = model(*encode(model, sum(batch, [])))                                                  # [sum of K]
-        losses = [ranking_loss(part.unsqueeze(0)) for part in scores.split([len(rows) for rows in batch])]
-        return torch.stack(losses).mean(), len(losses), {}
-
-    minimize(model, loss, rankings, 4, steps, lr, "reward model", cfg)
+def rankings_loss(model, rankings: list[list[Row]]):
+    """Loss of stage 2, for `descend`: the mean over the rankings, which may differ in length."""
+    scores = model(*encode(model, sum(rankings, [])))                                                   # [sum of K]
+    losses = [ranking_loss(part.unsqueeze(0)) for part in scores.split([len(rows) for rows in rankings])]
+    return torch.stack(losses).mean(), len(losses), {}
 
 
 def normalize(model, rows: list[Row]):
-    """Shift and scale the reward so that the given replies score 0 on average, with standard deviation 1 (N5)."""
-    scores = torch.tensor(rate(model.score, rows), device=model.mean.device)
-    model.mean += model.std * scores.mean()
-    model.std *= scores.std().clamp(min=1e-6)  # a judge that finds all replies equal must not divide by zero
+    """Shift and scale the reward so that the given replies score 0 on average, with standard deviation 1 (N5).
+
+    The head ends in a linear layer, so shift and scale can be absorbed in its weights. Changes `model` in place.
+    """
+    scores, last = torch.tensor(rate(model.score, rows)), model.head[-1]
+    last.bias.data -= scores.mean().item()
+    for parameter in last.parameters():
+        parameter.data /= max(scores.std().item(), 1e-6)  # a judge that finds all replies equal must not divide by 0
 
 
 def train_reward_model(sft, data: Data, cfg: Config) -> RewardModel:
     """Stage 2: rankings -> a judge that can score any reply. It starts from the SFT model (C)."""
-    rng = stage_rng(cfg, "rankings")
-    rankings = data.rankings or label_rankings(sft, split(WORLD_PROMPTS)["train"], cfg, rng)
+    rankings = data.rankings or label_rankings(sft, split(WORLD_PROMPTS)["train"], cfg, stage_rng(cfg, "rankings"))
     model = RewardModel(copy.deepcopy(sft.lm), sft.tokenizer, cfg)
-    fit_reward_model(model, rankings, cfg.rm_steps, cfg.rm_lr, cfg)
+    minimize(model, rankings_loss, rankings, 4, cfg.rm_steps, cfg.rm_lr, "reward model", cfg)
     prompts = stage_rng(cfg, "normalization").choices(data.prompts["train"], k=640)
     normalize(model, sum(sample_groups(sft, prompts, 1, cfg), []))
     return model
@@ -779,11 +765,6 @@ class Rollout:
     @property
     def batch(self) -> tuple:
         return self.prompt_ids, self.prompt_mask, self.reply_ids, self.mask
-
-    @property
-    def kl(self) -> torch.Tensor:
-        """KL(pi_old || pi_ref) of each reply, estimated by its own tokens, in nats [B]. One reply's can be negative."""
-        return (self.log_probs - self.ref_log_probs).sum(dim=1)
 
 
 # ---- Step 1: the actor samples tokens (S1) ---------------------------------------------------------------------------
@@ -1022,7 +1003,7 @@ def update_policy(actor, optimizer, rollout: Rollout, cfg: Config) -> dict[str, 
     Returns the metrics' means over all updates; first_log_ratio is the largest |log rho| of the first minibatch,
     before any step: rounding (below 1e-5), or something is wrong with the old log-probs.
     """
-    def loss(rows):
+    def loss(actor, rows):
         mask, old_log_probs = rollout.mask[rows], rollout.log_probs[rows]
         log_probs, values, logits = read_replies(actor, [x[rows] for x in rollout.batch], cfg.temperature)
         pg_loss, clip_fraction = policy_loss(log_probs, old_log_probs, rollout.advantages[rows], mask, cfg.clip_eps)
@@ -1034,7 +1015,7 @@ def update_policy(actor, optimizer, rollout: Rollout, cfg: Config) -> dict[str, 
             # KL(pi_old || pi) by the estimator that is never negative
             "approx_kl": masked_mean(log_ratio.exp() - 1 - log_ratio, mask), "first_log_ratio": log_ratio.abs().max()}
 
-    history = [descend(actor, optimizer, loss, rows, cfg, cfg.max_grad_norm) for _ in range(cfg.ppo_epochs)
+    history = [descend(actor, optimizer, loss, rows, cfg) for _ in range(cfg.ppo_epochs)
                for rows in torch.randperm(len(rollout.mask), device=rollout.mask.device).chunk(cfg.minibatches)]
     means = {name: sum(update[name] for update in history) / len(history) for name in history[0]}
     return means | {"first_log_ratio": history[0]["first_log_ratio"]}
@@ -1050,15 +1031,16 @@ def adapt_kl_coef(kl_coef: float, kl: float, target: float) -> float:
     return kl_coef * (1 + 0.1 * min(max(kl / target - 1, -0.2), 0.2))
 
 
-def describe(rollouts: list[Rollout], kl_coef: float) -> dict[str, list]:
-    """What there is to say of each reply, a list per column, from all processes: reply (the text), the human's verdicts
-    (see `judge`), reward, kl, objective = reward - beta * kl, reply_length in tokens, finished.
+def describe(rollouts: list[Rollout], kl_coef: float) -> list[dict]:
+    """What there is to say of each reply, from all processes: reply (the text), the human's verdicts (see `judge`),
+    reward, kl, objective = reward - beta * kl, reply_length in tokens, finished.
+
+    kl is KL(pi_old || pi_ref) in nats, estimated by the reply's own tokens: one reply's can be negative, the mean not.
     """
-    table = [{"reply": row.reply, **judge(*row), "reward": score, "kl": kl, "objective": score - kl_coef * kl,
-              "reply_length": length, "finished": row.finished} for r in rollouts for row, score, kl, length in
-             zip(r.rows, r.scores.tolist(), r.kl.tolist(), r.mask.sum(dim=1).tolist())]
-    table = gather(table)
-    return {name: [line[name] for line in table] for name in table[0]}
+    return gather([{"reply": row.reply, **judge(*row), "reward": score, "kl": kl, "objective": score - kl_coef * kl,
+                    "reply_length": length, "finished": row.finished} for r in rollouts for row, score, kl, length in zip(
+                        r.rows, r.scores.tolist(), (r.log_probs - r.ref_log_probs).sum(dim=1).tolist(),
+                        r.mask.sum(dim=1).tolist())])
 
 
 # ======================================================================================================================
@@ -1135,16 +1117,16 @@ def write_metrics(log: list[dict], cfg: Config):
 # ======================================================================================================================
 # 7  Report: what each stage did to the replies, and how much of the possible PPO reached
 # ======================================================================================================================
-def evaluate(actor, reference, score_fn, prompts: list[str], N: int, cfg: Config, kl_coef: float) -> dict[str, list]:
-    """Phase I without Phase II: N replies to each of the first 20 prompts, as columns (see `describe`), N after N."""
+def evaluate(actor, reference, score_fn, prompts: list[str], N: int, cfg: Config, kl_coef: float) -> list[dict]:
+    """Phase I without Phase II: N replies to each of the first 20 prompts (see `describe`), N after N."""
     asked = share([prompt for prompt in prompts[:20] for _ in range(N)])
     return describe([collect_rollout(actor, reference, score_fn, part, cfg, kl_coef)
                      for part in chunks(asked, 4 * cfg.micro_batch_size)], kl_coef)
 
 
-def means(table: dict[str, list]) -> dict[str, float]:
-    """The mean of every column of numbers."""
-    return {name: sum(column) / len(column) for name, column in table.items() if name != "reply"}
+def means(table: list[dict]) -> dict[str, float]:
+    """The mean of everything that is a number in the lines of `describe`."""
+    return {name: sum(line[name] for line in table) / len(table) for name in table[0] if name != "reply"}
 
 
 def reward_model_quality(score_fn, sft, data: Data, cfg: Config) -> dict[str, float]:
@@ -1184,36 +1166,37 @@ def optimum(scores, kl_coef: float) -> tuple[float, float]:
     return j_star.mean().item(), (1 / (weights ** 2).sum(dim=1)).mean().item()
 
 
-def win_rate(human: list[float], sft_human: list[float], N: int) -> float:
+def win_rate(table: list[dict], sft_table: list[dict], N: int) -> float:
     """Chance that the human prefers a reply to SFT's to the same prompt, ties counting half; N replies to a prompt."""
-    difference = torch.tensor(human).view(-1, N, 1) - torch.tensor(sft_human).view(-1, 1, N)            # [prompts,N,N]
+    human, sft = (torch.tensor([line["human"] for line in lines]).view(-1, N) for lines in (table, sft_table))
+    difference = human.unsqueeze(2) - sft.unsqueeze(1)                                                  # [prompts,N,N]
     return ((1 + difference.sign()) / 2 + 0 * difference).mean().item()  # 0 * NaN: no human, no win rate
 
 
-def make_report(tables: dict[str, dict], sft_scores, N: int, kl_coef: float) -> dict:
+def make_report(tables: dict[str, list], sft_scores, N: int, kl_coef: float) -> dict:
     """The contents of report.json, from the `evaluate` tables of "pretrained", "sft" and "ppo"."""
     report = {name: {column.removeprefix("reply_"): x for column, x in means(table).items()}
-              | {"win_rate": win_rate(table["human"], tables["sft"]["human"], N)} for name, table in tables.items()}
+              | {"win_rate": win_rate(table, tables["sft"], N)} for name, table in tables.items()}
     j_sft, j_ppo = report["sft"]["objective"], report["ppo"]["objective"]
     j_star, size = optimum(sft_scores, kl_coef) if kl_coef > 0 else (math.nan, 0)
     return report | {"optimum": {"objective": j_star, "effective_sample_size": size, "fraction":
                                  (j_ppo - j_sft) / (j_star - j_sft) if size >= 5 else math.nan}}
 
 
-def show_report(report: dict, tables: dict[str, dict], prompts: list[str]):
+def show_report(report: dict, tables: dict[str, list], prompts: list[str]):
     """Print report.json as tables, and for some prompts the first reply (not the best one) of each model."""
     columns = [column for column, x in report["ppo"].items() if x == x]
     say(f"\nRESULT on {len(prompts)} prompts that no stage has seen\n\n{'':10}" + "".join(f"{x:>10}" for x in columns))
     for name in tables:
         say(f"{name:10}" + "".join(f"{report[name][column]:10.2f}" for column in columns))
-    best, j_sft, j_ppo = report["optimum"], report["sft"]["objective"], report["ppo"]["objective"]
-    way = f"{best['fraction']:.1%} of the way" if best["fraction"] == best["fraction"] else "or more: too few samples"
-    say(f"\nTHE OPTIMUM: J(SFT) = {j_sft:.3f}, J(PPO) = {j_ppo:.3f}; the best that any policy can have is J* = "
-        f"{best['objective']:.3f}: {way}\n(from {best['effective_sample_size']:.0f} effective samples per prompt)")
+    j_star, size, fraction = report["optimum"].values()
+    say(f"\nTHE OPTIMUM: the best objective that any policy can have is J* = {j_star:.3f}" + (
+        f"; of the way there from SFT, PPO went {fraction:.1%}" if fraction == fraction else " or more: too few samples")
+        + f"\n(estimated from {size:.0f} effective samples per prompt)")
     for i in range(len(prompts))[2::5]:
         say(f"\n  user        {shown(prompts[i])}")
         for name, table in tables.items():
-            say(f"  {name:10}  {shown(table['reply'][i * len(table['reply']) // len(prompts)])}")
+            say(f"  {name:10}  {shown(table[i * len(table) // len(prompts)]['reply'])}")
     say("\nSECONDS: " + ", ".join(f"{name} {x:.1f}" for name, x in report["seconds"].items()))
 
 
@@ -1274,18 +1257,15 @@ def save_model(model, folder: Path):
         with replacing(folder) as temporary:
             model.lm.save_pretrained(temporary)
             model.tokenizer.save_pretrained(temporary)
-            head = {name: x.contiguous() for name, x in model.state_dict().items() if not name.startswith("lm.")}
-            save_file(head, temporary / "heads.safetensors")
+            save_file(model.head.state_dict(), temporary / "heads.safetensors")
 
 
 def load_model(kind, folder: Path, cfg: Config):
     """What save_model wrote; kind is ActorCritic or RewardModel."""
     with explain(f"{folder} is damaged, or not of a run", Exception):
-        tokenizer, lm = load_pretrained(folder)
-        model = kind(lm, tokenizer, cfg)
-        weights = {name: x for name, x in model.state_dict().items() if name.startswith("lm.")}
-        model.load_state_dict(weights | load_file(folder / "heads.safetensors"))
-    return model
+        model = kind(*load_pretrained(folder), cfg)
+        model.head.load_state_dict(load_file(folder / "heads.safetensors"))
+        return model
 
 
 def finished_stage(name: str, cfg: Config) -> Path | None:
@@ -1332,19 +1312,27 @@ def join_processes(cfg: Config):
         dist.init_process_group("nccl" if cfg.device.startswith("cuda") else "gloo")
 
 
+def leave_processes():
+    """Wait for the other processes before going: one that loses a partner in the middle of its exit may crash."""
+    if WORLD > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def main(argv=None):
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     start, seconds, cfg = time.perf_counter(), {}, parse_config(argv)
     join_processes(cfg)
     score_fn = load_reward(cfg) if cfg.reward != "model" else None
-    own = {flag: read_jsonl(getattr(cfg, flag), flag) if getattr(cfg, flag) else [] for flag in REPLIES}
-    tokenizer, lm = base_model(own, cfg)
-    data = load_data({flag: shorten(lines, tokenizer, lm, cfg) for flag, lines in own.items()}, cfg)
+    own = {flag: read_jsonl(path, flag) if (path := getattr(cfg, flag)) else [] for flag in REPLIES}
+    base = base_model(own, cfg)
+    data = load_data({flag: shorten(lines, base, cfg) for flag, lines in own.items()}, cfg)
     open_folder(cfg)
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if STOP else STOP.append(True))
+    how = f"\nstopped; to go on: python {sys.argv[0]} --resume {cfg.out}"  # a second Ctrl-C does not wait for the step's end
+    signal.signal(signal.SIGINT, lambda *args: signal.default_int_handler(*args) if STOP else STOP.append(how))
 
-    pretrained = stage("pretrain", ActorCritic, cfg, seconds, lambda: pretrain(lm, tokenizer, data.texts, cfg))
+    pretrained = stage("pretrain", ActorCritic, cfg, seconds, lambda: pretrain(base, data.texts, cfg))
     sft = stage("sft", ActorCritic, cfg, seconds, lambda: finetune(pretrained, data.demos, cfg))
     if cfg.reward == "model":
         reward_model = stage("reward_model", RewardModel, cfg, seconds, lambda: train_reward_model(sft, data, cfg))
@@ -1362,7 +1350,7 @@ def main(argv=None):
     groups = sample_groups(reference, test, cfg.optimum_samples, cfg)
     scores = [rate(score_fn, rows, cfg.missing_eos_penalty) for rows in groups]
     report = make_report(tables, torch.tensor(scores), N, kl_coef)
-    say(xray(collect_rollout(policy, reference, score_fn, test[:1], cfg, kl_coef), tokenizer, cfg))
+    say(xray(collect_rollout(policy, reference, score_fn, test[:1], cfg, kl_coef), policy.tokenizer, cfg))
     seconds |= {"ppo": sum(row["seconds"] for row in log), "total": time.perf_counter() - start}
     report |= {"reward_model": quality, "seconds": seconds, "peak_memory_gb": peak_memory(cfg)}
     if RANK == 0:
@@ -1371,6 +1359,7 @@ def main(argv=None):
             path.write_text(json.dumps(report_json, indent=2) + "\n")
     show_report(report, tables, test)
     say(f"\nAll is in {cfg.out}. PPO alone, with another flag: python ppo_rlhf.py --init_from {cfg.out} --kl_coef 0.05")
+    leave_processes()
 
 
 if __name__ == "__main__":
@@ -1379,6 +1368,6 @@ if __name__ == "__main__":
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt as stop:
-        print(*stop.args)
+    except KeyboardInterrupt:
+        print(*STOP)
         sys.exit(130)

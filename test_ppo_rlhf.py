@@ -22,6 +22,7 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2F
 
 import ppo_rlhf as ppo
 
+torch.set_num_threads(1)  # the models are so small that threads would only wait for each other
 NAN = float("nan")
 TINY = ("--n_layer 1 --n_embd 32 --n_head 2 --pretrain_steps 6 --sft_steps 6 --rm_steps 6 --rankings 12 --cycles 3 "
         "--batch_size 8 --max_new_tokens 12 --eval_every 2 --optimum_samples 8").split()
@@ -73,11 +74,10 @@ def world():
     cfg = small_config()
     prompts = ppo.split(ppo.WORLD_PROMPTS)["train"][:8]
     nothing = {"prompts": [], "demos": [], "preferences": []}
-    tokenizer, lm = ppo.base_model(nothing, cfg)
-    actor = ppo.ActorCritic(lm, tokenizer, cfg)
-    reward_model = ppo.RewardModel(copy.deepcopy(lm), tokenizer, cfg)
+    actor = ppo.base_model(nothing, cfg)
+    reward_model = ppo.RewardModel(copy.deepcopy(actor.lm), actor.tokenizer, cfg)
     torch.nn.init.normal_(reward_model.head[-1].weight)
-    return tokenizer, actor, reward_model, prompts
+    return actor.tokenizer, actor, reward_model, prompts
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,10 @@ def test_ratio_is_one_and_nothing_is_clipped_before_the_first_update(world):
     tokenizer, actor, _, prompts = world
     cfg = small_config("--minibatches", "2", "--ppo_epochs", "2", "--temperature", "0.7")
     actor, reference = copy.deepcopy(actor), ppo.frozen(actor)
+    with torch.no_grad():  # another model than the actor, or a ratio to the reference would be 1 too (T5)
+        reference.lm.get_output_embeddings().weight += 0.1 * torch.randn_like(reference.lm.get_output_embeddings().weight)
     rollout = ppo.collect_rollout(actor, reference, ppo.human_score, prompts, cfg)
+    assert not torch.allclose(rollout.log_probs, rollout.ref_log_probs)
     still = torch.optim.SGD(actor.parameters(), lr=0.0)  # does not move: every update is a first one
     metrics = ppo.update_policy(actor, still, rollout, cfg)
     assert metrics["first_log_ratio"] < 1e-5 and metrics["clip_fraction"] == 0 and metrics["approx_kl"] < 1e-8
@@ -147,6 +150,7 @@ def test_nan_in_padding_changes_no_gradient():
 
 def test_tokens_in_the_padding_change_nothing():
     actor, reward_model = small_actor(), ppo.RewardModel(small_actor(seed=1).lm)
+    torch.nn.init.normal_(reward_model.head[-1].weight)
     prompt_ids, prompt_mask, reply_ids, mask = random_batch()
     other = torch.where(prompt_mask, prompt_ids, 9), prompt_mask, torch.where(mask, reply_ids, 9), mask
     with torch.no_grad():
@@ -250,7 +254,18 @@ def test_whitening_sets_mean_and_variance_over_real_tokens_only():
 def test_kl_is_exactly_zero_before_the_first_update(world):
     tokenizer, actor, _, prompts = world
     rollout = ppo.collect_rollout(actor, ppo.frozen(actor), ppo.human_score, prompts, small_config())
-    assert (rollout.kl == 0).all() and torch.equal(rollout.log_probs, rollout.ref_log_probs)
+    assert torch.equal(rollout.log_probs, rollout.ref_log_probs)
+
+
+def test_the_reported_kl_is_positive_towards_the_reference(world):
+    """KL(pi || ref) = E_pi[log pi - log ref]: with the sign turned it would be negative on average."""
+    tokenizer, actor, _, prompts = world
+    reference = ppo.frozen(actor)
+    with torch.no_grad():
+        reference.lm.get_output_embeddings().weight += 0.1 * torch.randn_like(reference.lm.get_output_embeddings().weight)
+    rollout = ppo.collect_rollout(actor, reference, ppo.human_score, prompts * 8, small_config())
+    metrics = ppo.means(ppo.describe([rollout], 0.1))
+    assert metrics["kl"] > 0.1 and metrics["objective"] == pytest.approx(metrics["reward"] - 0.1 * metrics["kl"], abs=1e-5)
 
 
 def test_sampled_kl_agrees_with_the_exact_kl():
@@ -302,7 +317,7 @@ def test_padding_is_not_eos_and_eos_is_learned(world):
     last = reply_ids[torch.arange(2), mask.sum(1) - 1]
     assert (last == tokenizer.eos_token_id).all(), "EOS is inside the mask, so the SFT loss and PPO see it"
     actor, cfg = copy.deepcopy(actor), small_config("--max_new_tokens", "30")
-    ppo.fit_language_model(actor, [ppo.Row("I feel sad.\n", "Call a friend.", True)], 60, 1e-2, "test", cfg)
+    ppo.minimize(actor, ppo.imitation_loss, [ppo.Row("I feel sad.\n", "Call a friend.", True)], 16, 60, 1e-2, "test", cfg)
     rows, *_ = ppo.sample_replies(actor, ["I feel sad.\n"] * 8, cfg)
     assert rows == [ppo.Row("I feel sad.\n", "Call a friend.", True)] * 8
 
@@ -403,7 +418,7 @@ def test_article_d_clipping_lets_a_probability_grow_by_a_fifth_per_batch():
     probability, stops, mask = 0.05, [], torch.ones(1, 1).bool()
     for _ in range(3):
         old, new = torch.tensor([[math.log(probability)]]), torch.tensor([[math.log(probability)]])
-        while True:
+        for _ in range(9999):
             new = new.detach().requires_grad_()
             ppo.policy_loss(new, old, torch.ones(1, 1), mask, clip_eps=0.2)[0].backward()
             if new.grad.item() == 0:
@@ -503,7 +518,8 @@ def test_optimum_is_the_best_that_reweighting_the_replies_can_reach():
 
 
 def test_win_rate_counts_ties_half():
-    assert ppo.win_rate([1.0, 2.0, 5.0, 5.0], [1.0, 2.0, 3.0, 4.0], 2) == (0.5 + 1) / 2
+    tables = [[{"human": x} for x in scores] for scores in ([1.0, 2.0, 5.0, 5.0], [1.0, 2.0, 3.0, 4.0])]
+    assert ppo.win_rate(*tables, 2) == (0.5 + 1) / 2
 
 
 # ---- The task --------------------------------------------------------------------------------------------------------
@@ -544,7 +560,7 @@ def test_the_reward_model_learns_a_ranking_and_normalises_to_zero_and_one(world)
     replies = ["Call a friend.", "A spider has eight legs.", "Nobody cares."]
     rankings = [[ppo.Row(p, reply, True) for reply in replies[::2]] for p in prompts]
     rankings += [[ppo.Row(prompts[0], reply, True) for reply in replies]]  # pairs and rankings mixed
-    ppo.fit_reward_model(model, rankings, 40, 3e-3, cfg)
+    ppo.minimize(model, ppo.rankings_loss, rankings, 4, 40, 3e-3, "test", cfg)
     good, bad = model.score(prompts[:1] * 2, replies[::2], [True] * 2)
     assert good > bad + 1
     rows = sum(ppo.sample_groups(actor, prompts, 4, cfg), [])
@@ -586,7 +602,7 @@ def test_the_saved_models_load_with_transformers_and_with_their_heads(run):
         batch = ppo.encode(model, [ppo.Row("I feel sad.\n", "Call a friend.", True)])
         once, twice = model(*batch), again(*batch)
         assert torch.equal(once[0], twice[0])
-    assert model.std != 1  # the normalisation was saved too
+    assert model.head[-1].bias.item() != 0  # `normalize` changed it, and that was saved too
 
 
 def test_human_reward_needs_no_reward_model(run, tmp_path):
@@ -701,7 +717,7 @@ def test_no_text_is_longer_than_its_room_and_a_cut_reply_has_no_eos(world):
     text = "".join(rng.choice("abc é 天空。\n.! ") for _ in range(4000))
     lines = [[ppo.Row(text[a:1500 + a % 700], text[b:b + rng.randrange(60)] + "x", True) for b in (a + 1, a + 2)]
              for a in range(0, 1500, 40)]
-    for rows, old in zip(ppo.shorten(lines, tokenizer, actor.lm, cfg), lines):
+    for rows, old in zip(ppo.shorten(lines, actor, cfg), lines):
         for row, before in zip(rows, old):
             assert len(tokenizer(row.prompt).input_ids) <= 256 - 20 and len(tokenizer(row.reply).input_ids) <= 19
             assert before.prompt.endswith(row.prompt) and before.reply.startswith(row.reply)
@@ -874,7 +890,9 @@ def test_gradient_checkpointing_gives_the_same_gradient_and_dropout_stays_off(ar
 
 def test_bfloat16_reaches_the_language_model_only(world, rollout):
     actor = copy.deepcopy(world[1])
-    actor.bf16 = True  # on the CPU too, to see what a GPU would do
+    actor.cfg = small_config()
+    assert torch.equal(ppo.read_replies(actor, rollout.batch, 0.7)[0], ppo.read_replies(world[1], rollout.batch, 0.7)[0])
+    actor.cfg.device = "cuda"  # the tensors are on the CPU: it does what a GPU would do
     seen = []
     list(actor.lm.base_model.children())[-1].register_forward_hook(lambda module, inputs, out: seen.append(inputs[0].dtype))
     actor.lm.get_output_embeddings().register_forward_hook(lambda module, inputs, out: seen.append(out.dtype))
@@ -883,7 +901,6 @@ def test_bfloat16_reaches_the_language_model_only(world, rollout):
     exact = ppo.read_replies(world[1], rollout.batch, 0.7)[0]
     difference = (log_probs - exact)[rollout.mask].abs().max()
     assert 0 < difference < 0.1
-    assert not small_config("--bf16").device.startswith("cuda") and not ppo.ActorCritic(actor.lm, cfg=small_config()).bf16
 
 
 # ---- Several processes -----------------------------------------------------------------------------------------------
@@ -902,9 +919,10 @@ white = ppo.whiten(part.advantages, part.mask)
 texts = ppo.gather([row.reply for row in part.rows])
 grads = [p.grad for p in actor.parameters() if p.grad is not None]
 rows = [ppo.Row("I feel sad.\\n", "Call a friend" + "!" * n, True) for n in range(9)]
-ppo.fit_language_model(actor, rows, 3, 1e-2, "test", cfg)
+ppo.minimize(actor, ppo.imitation_loss, rows, 16, 3, 1e-2, "test", cfg)
 torch.save({"grads": grads, "white": white, "texts": texts, "weights": [*actor.parameters()],
             "variance": ppo.moments(part.returns, part.mask)[1]}, f"{sys.argv[3]}-{ppo.RANK}.pt")
+ppo.leave_processes()
 '''
 
 
@@ -983,13 +1001,14 @@ def test_ctrl_c_saves_and_the_resumed_run_ends_like_one_never_stopped(run, stage
 
     def press(cfg, name):
         if name == f"{stage} {step}":
-            ppo.STOP.append(True)
+            signal.raise_signal(signal.SIGINT)
         return rng_of(cfg, name)
 
     monkeypatch.setattr(ppo, "stage_rng", press)
-    with pytest.raises(KeyboardInterrupt, match="--resume"):
+    with pytest.raises(KeyboardInterrupt):
         ppo.main([*TINY, "--out", str(tmp_path / "run")])
     monkeypatch.setattr(ppo, "stage_rng", rng_of)
+    assert f"--resume {tmp_path / 'run'}" in ppo.STOP[0]
     state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
     assert (state["stage"], state["step"]) == (stage, step + 1)
     ppo.STOP.clear()
