@@ -379,12 +379,15 @@ def load_data(own: dict[str, list[list[Row]]], cfg: Config) -> Data:
 def train_tokenizer(texts: list[str]):
     """A byte-level BPE tokenizer as GPT-2's, but of at most 2048 tokens: any text of any language can be encoded.
 
+    No token is longer than 12 bytes: in Chinese, which has no spaces, whole sentences would become tokens, and a prompt
+    with a new word in it would be one that the model has never seen a piece of.
+
     Padding and EOS are two different tokens. Were they one, masking the padding out of the SFT loss would mask EOS out
     too, the model would never learn to stop, and the reward would be read at the wrong place (N1).
     """
     empty = GPT2Tokenizer(vocab={}, merges=[], pad_token="<pad>", eos_token="<eos>", bos_token=None, unk_token=None,
                           padding_side="left")
-    return empty.train_new_from_iterator([texts], vocab_size=2048, show_progress=False)
+    return empty.train_new_from_iterator([texts], vocab_size=2048, max_token_length=12, show_progress=False)
 
 
 def chunks(items, size: int):
@@ -1322,6 +1325,7 @@ def leave_processes():
 def main(argv=None):
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    logging.get_logger("huggingface_hub").setLevel("ERROR")  # its retries without a network would be 8 lines of noise
     start, seconds, cfg = time.perf_counter(), {}, parse_config(argv)
     join_processes(cfg)
     score_fn = load_reward(cfg) if cfg.reward != "model" else None
