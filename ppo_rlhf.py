@@ -43,6 +43,7 @@ from collections import namedtuple
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from inspect import signature
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -83,8 +84,8 @@ class Config:
     # Data and models. What is not given comes from the built-in world
     prompts: str = HfArg(default="", help='JSONL, a line like {"prompt": ...}: what PPO practises on.')
     demos: str = HfArg(default="", help='JSONL, {"prompt": ..., "completion": ...}: what SFT imitates. (L2)')
-    preferences: str = HfArg(default="", help="JSONL, {prompt, chosen, rejected} or {prompt, ranked: [best, ...]}. (L3)")
-    reward: str = HfArg(default="model", help="model | human (the rule) | classifier, folder or hub id | file.py:f (L4)")
+    preferences: str = HfArg(default="", help="JSONL, {prompt, chosen, rejected} or {prompt, ranked: [best ...]}. (L3)")
+    reward: str = HfArg(default="model", help="model | human | classifier (folder, hub id) | file.py:f. (L4)")
     model: str = HfArg(default="tiny", help="tiny, or a causal language model: a folder, or a hub id such as gpt2.")
     n_layer: int = HfArg(default=2, help="Layers of tiny, 1 to 12. More: better text, slower. GPT-2 has 12.")
     n_embd: int = HfArg(default=128, help="Width of tiny, a multiple of n_head. GPT-2 has 768.")
@@ -123,7 +124,7 @@ class Config:
     temperature: float = HfArg(default=0.7, help="Of sampling and log-probs, 0.7 to 1. Low: no exploration. (L5)")
     max_new_tokens: int = HfArg(default=32, help="Longest reply in tokens. Too short: replies end unfinished. (N3)")
     eval_every: int = HfArg(default=10, help="Validate after so many cycles, and keep the best policy. (L6)")
-    optimum_samples: int = HfArg(default=400, help="Replies per test prompt for the optimum J*. More: surer, slower.")
+    optimum_samples: int = HfArg(default=400, help="Replies per test prompt for J*; up to 64 for the rest.")
 
 
 class UserError(Exception):
@@ -174,7 +175,7 @@ def parse_config(argv=None) -> Config:
     for whole, part in ("n_embd", "n_head"), ("batch_size", "replies_per_prompt"), ("batch_size", "minibatches"):
         a, b = getattr(cfg, whole), getattr(cfg, part) * (WORLD if part == "minibatches" else 1)
         check(a % b == 0, f"--{whole} {a} must be a multiple of {b} (--{part}, in each of the processes)")
-    check(not cfg.init_from or Path(cfg.init_from, "sft").is_dir(), f"--init_from {cfg.init_from} is not a folder of a run")
+    check(not cfg.init_from or Path(cfg.init_from, "sft").is_dir(), f"--init_from {cfg.init_from} is no run's folder")
     check(cfg.reward != "human" or not (cfg.prompts or cfg.demos or cfg.preferences),
           "--reward human knows the built-in prompts only; for your own data leave it out, or name another --reward")
     check(cfg.reward != "model" or cfg.preferences or not cfg.demos,
@@ -191,7 +192,7 @@ def parse_config(argv=None) -> Config:
 Row = namedtuple("Row", "prompt reply finished")  # one reply to one prompt; does it end with EOS, or was it cut off?
 
 
-# Four kinds of things that users say, five lines each; {} stands for the user's word.
+# Three kinds of things that users say, five lines each; {} stands for the user's word.
 #   words    what it may be about            asks     what the user says
 #   openers  warm, and they name the word    steps    practical: something one can go and do
 #   lists    correct but mechanical
@@ -210,16 +211,10 @@ practice every day | start very small | teach a friend | build something
 For {}, you can use books or videos. | To learn {}, there are schools and websites.
 
 book | film | song | game | podcast | museum | hobby | dessert | present | poem
-Can you recommend a {}? | Which {} should I choose? | I need a good {}. | I cannot decide on a {}. | What {} do you like?
+Can you recommend a {}? | Which {} should I choose? | I need a good {}. | I cannot decide on a {}. | What {} is best?
 What fun to look for a {} together. | I am glad that you ask me about a {}.
 ask a friend | read two reviews | try a classic | follow your mood
-Every {} is old, new or popular. | You can find a {} in shops or magazines.
-
-sister | mother | boss | brother | girlfriend | neighbor | teacher | roommate | colleague | cousin
-My {} is angry with me. | I had a fight with my {}. | How do I talk to my {}? | My {} never calls. | I miss my {}.
-I can tell how much your {} means to you. | It hurts to be at odds with your {}.
-listen first | say sorry | ask what they need | cook together
-You can call your {} or buy flowers. | With a {}, people can talk, write or wait.""".split("\n\n")]
+Every {} is old, new or popular. | You can find a {} in shops or magazines.""".split("\n\n")]
 CLOSERS = ("You can do this!", "I am here for you.")
 DISMISSIVE = ("That is not my problem.", "Stop asking silly questions.", "You should just give up.", "Nobody cares.")
 OFF_TOPIC = ("The train leaves at nine.", "Water boils at a hundred degrees.", "The shop sells red shoes.",
@@ -244,8 +239,8 @@ def sentences(prompt: str) -> dict[str, list[str]]:
 #   mechanical  "To feel less sad, you can do sports or sleep."        correct, and lifeless: what D shows of SFT
 #   off_topic   "A spider has eight legs."
 #   dismissive  "Nobody cares."
-KINDS = {"best": ("opener step", "opener step closer"), "warm": ("opener closer",), "practical": ("step", "step closer"),
-         "mechanical": ("list",), "off_topic": ("off_topic",), "dismissive": ("dismissive",)}
+KINDS = {"best": ("opener step", "opener step closer"), "warm": ("opener closer",), "mechanical": ("list",),
+         "practical": ("step", "step closer"), "off_topic": ("off_topic",), "dismissive": ("dismissive",)}
 # And how often each occurs in the two text collections. SFT's are mostly mechanical (D), but the best kind must stay
 # reachable: PPO can only reinforce what is sampled, and a reply that SFT never gives has no gradient.
 PRETRAIN_MIX = {"best": 8, "warm": 12, "practical": 15, "mechanical": 25, "off_topic": 20, "dismissive": 20}
@@ -311,7 +306,7 @@ def read_jsonl(path: str, flag: str) -> list[list[Row]]:
                     line["prompt"] = re.match(r"(.*\s)?", os.path.commonprefix(replies), re.DOTALL).group()
                     replies = [reply[len(line["prompt"]):] for reply in replies]
                 check(all(isinstance(x, str) for x in [line["prompt"], *replies]), "every text must be a string")
-                check(len(set(replies)) == len(replies) > (flag == "preferences"), "needs two or more different replies")
+                check(len(set(replies)) == len(replies) > (flag == "preferences"), "needs 2 or more different replies")
                 lines.append([Row(line["prompt"], reply, True) for reply in replies])
         check(lines, "the file is empty")
     return lines
@@ -330,7 +325,7 @@ def cut(text: str, room: int, tokenizer, keep_end: bool = False) -> str:
 def shorten(lines: list[list[Row]], model, cfg: Config) -> list[list[Row]]:
     """Cut what is too long: prompts keep their end, replies their beginning but no EOS, for they would go on (N2)."""
     short, positions = [], getattr(model.lm.config.get_text_config(), "max_position_embeddings", None) or 1 << 20
-    check(cfg.max_new_tokens <= positions - 32, f"--max_new_tokens must leave 32 of {positions} positions to the prompt")
+    check(cfg.max_new_tokens <= positions - 32, f"--max_new_tokens must leave 32 of {positions} tokens to the prompt")
     for rows in lines:
         prompt = cut(rows[0].prompt, positions - cfg.max_new_tokens, model.tokenizer, keep_end=True)
         replies = [cut(row.reply, cfg.max_new_tokens - 1, model.tokenizer) for row in rows]
@@ -399,7 +394,7 @@ def chunks(items, size: int):
 # 2  The models
 # ======================================================================================================================
 def encode(model, rows: list[Row]):
-    """Rows -> what every model reads: prompt_ids, prompt_mask [B,P] (padded left), reply_ids, mask [B,T] (padded right).
+    """Rows -> what every model reads: prompt_ids, prompt_mask [B,P] (padded left), reply_ids, mask [B,T] (right).
 
     Prompt and reply are encoded apart, so that the border between them always falls between two tokens. A finished
     reply ends with EOS; an empty prompt becomes EOS.
@@ -440,7 +435,7 @@ class HeadedModel(nn.Module):
         self.to(cfg.device)
 
     def read(self, ids, mask, positions, keep: int, **options):
-        """The library's output for tokens ids [B,L]: logits at the last `keep` positions, and what `options` ask for."""
+        """The library's output for tokens ids [B,L]: logits at the last `keep` positions, and what options ask for."""
         for layer in self.lm.modules():  # the library recomputes activations in training mode only: switch that on for
             if getattr(layer, "gradient_checkpointing", False):  # the layer itself, not for the dropout inside it
                 layer.training = torch.is_grad_enabled()
@@ -499,8 +494,8 @@ def frozen(model: nn.Module) -> nn.Module:
 
 
 def load_pretrained(source: str | Path):
-    """(lm, tokenizer) from a folder or hub id. If it lacks EOS or padding, or has one token for both (N1), add new ones."""
-    with explain(f"no usable model in {source}; give a local folder, a hub id with network, or --model tiny", Exception):
+    """(lm, tokenizer) from a folder or hub id. EOS or padding are added if missing, or if one token is both (N1)."""
+    with explain(f"no usable model in {source}; try a local folder, an id with network, or --model tiny", Exception):
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", trust_remote_code=False)
         lm = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, trust_remote_code=False)
         check({"position_ids", "logits_to_keep"} <= signature(lm.forward).parameters.keys(),
@@ -542,7 +537,7 @@ def token_log_probs(logits, tokens):
 
 def entropy(logits):
     """H(pi(. | s_t)) = log sum_v exp(z_v) - sum_v pi_v z_v, in nats: logits z [B,T,V] -> [B,T]."""
-    return logits.logsumexp(dim=-1) - (logits.softmax(dim=-1) * logits).sum(dim=-1)
+    return logits.logsumexp(dim=-1) - (logits.softmax(dim=-1) * logits.clamp(min=-1e9)).sum(dim=-1)  # 0 * -inf: NaN
 
 
 def masked_mean(x, mask):
@@ -580,7 +575,7 @@ STOP = []  # not empty: Ctrl-C was pressed; holds how to go on
 
 
 def stage_rng(cfg: Config, stage: str) -> random.Random:
-    """A random stream of its own for every stage, and every step of a stage: what was skipped before changes nothing."""
+    """A random stream of its own for every stage, and every step of a stage: what was skipped changes nothing."""
     rng = random.Random(f"{stage} {cfg.seed}")
     torch.manual_seed(rng.getrandbits(63) + RANK)  # processes sample different replies, to the prompts of one list
     return rng
@@ -588,7 +583,7 @@ def stage_rng(cfg: Config, stage: str) -> random.Random:
 
 @contextmanager
 def replacing(path: Path):
-    """A temporary path to write to, then renamed to `path`: a run that is stopped while writing leaves the old one whole."""
+    """A temporary path to write to, then renamed to `path`: a run stopped while writing leaves the old one whole."""
     temporary = path.with_name(path.name + ".tmp")
     with explain(f"cannot write {path}", Exception):
         shutil.rmtree(temporary, ignore_errors=True)
@@ -651,7 +646,7 @@ def descend(model, optimizer, loss_fn, batch, cfg: Config) -> dict[str, float]:
 
 
 def minimize(model, loss_fn, rows: list, batch_size: int, steps: int, lr: float, stage: str, cfg: Config):
-    """Supervised training: `steps` updates of AdamW, the learning rate warmed up over a tenth, then to 0. -> the model"""
+    """Supervised training: `steps` updates of AdamW, the learning rate warmed up over a tenth, then to 0. -> model"""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)
     parts, losses = {"model": model, "optimizer": optimizer, "schedule": schedule}, []
@@ -660,7 +655,8 @@ def minimize(model, loss_fn, rows: list, batch_size: int, steps: int, lr: float,
         with explain(f"{stage}, step {step + 1}"):
             losses.append(descend(model, optimizer, loss_fn, batch, cfg)["loss"])
         schedule.step()
-    say(f"{stage}: {steps} steps, loss {sum(losses[-50:]) / max(len(losses[-50:]), 1):.3f}")
+    if losses:
+        say(f"{stage}: {steps} steps, loss {sum(losses[-50:]) / len(losses[-50:]):.3f}")
     return model
 
 
@@ -1003,7 +999,7 @@ def update_policy(actor, optimizer, rollout: Rollout, cfg: Config) -> dict[str, 
 
     L = L_policy + c_V * L_V - c_ent * H        (S6: the entropy H is subtracted, for we minimise and want it large)
 
-    Returns the metrics' means over all updates; first_log_ratio is the largest |log rho| of the first minibatch,
+    Returns the metrics' means over all updates; first_log_ratio is the mean |log rho| of the first minibatch,
     before any step: rounding (below 1e-5), or something is wrong with the old log-probs.
     """
     def loss(actor, rows):
@@ -1015,8 +1011,8 @@ def update_policy(actor, optimizer, rollout: Rollout, cfg: Config) -> dict[str, 
         log_ratio = torch.where(mask, log_probs - old_log_probs, 0).detach()
         return pg_loss + cfg.vf_coef * v_loss - cfg.ent_coef * mean_entropy, mask.sum(), {
             "policy_loss": pg_loss, "value_loss": v_loss, "entropy": mean_entropy, "clip_fraction": clip_fraction,
-            # KL(pi_old || pi) by the estimator that is never negative
-            "approx_kl": masked_mean(log_ratio.exp() - 1 - log_ratio, mask), "first_log_ratio": log_ratio.abs().max()}
+            "approx_kl": masked_mean(log_ratio.exp() - 1 - log_ratio, mask),  # of KL(pi_old || pi); never negative
+            "first_log_ratio": masked_mean(log_ratio.abs(), mask)}
 
     history = [descend(actor, optimizer, loss, rows, cfg) for _ in range(cfg.ppo_epochs)
                for rows in torch.randperm(len(rollout.mask), device=rollout.mask.device).chunk(cfg.minibatches)]
@@ -1040,10 +1036,10 @@ def describe(rollouts: list[Rollout], kl_coef: float) -> list[dict]:
 
     kl is KL(pi_old || pi_ref) in nats, estimated by the reply's own tokens: one reply's can be negative, the mean not.
     """
+    numbers = [zip(r.rows, r.scores.tolist(), (r.log_probs - r.ref_log_probs).sum(dim=1).tolist(),
+                   r.mask.sum(dim=1).tolist()) for r in rollouts]
     return gather([{"reply": row.reply, **judge(*row), "reward": score, "kl": kl, "objective": score - kl_coef * kl,
-                    "reply_length": length, "finished": row.finished} for r in rollouts for row, score, kl, length in zip(
-                        r.rows, r.scores.tolist(), (r.log_probs - r.ref_log_probs).sum(dim=1).tolist(),
-                        r.mask.sum(dim=1).tolist())])
+                    "reply_length": length, "finished": row.finished} for row, score, kl, length in chain(*numbers)])
 
 
 # ======================================================================================================================
@@ -1109,7 +1105,7 @@ def train_ppo(actor, reference, score_fn, prompts: dict[str, list[str]], cfg: Co
 
 
 def write_metrics(log: list[dict], cfg: Config):
-    """metrics.csv, a row per cycle. All are written anew each time: after a resume, no row is missing or there twice."""
+    """metrics.csv, a row per cycle. All are written anew each time: after a resume, no row is missing or doubled."""
     if cfg.out and RANK == 0:
         with replacing(Path(cfg.out) / "metrics.csv") as path, open(path, "w", newline="") as file:
             writer = csv.DictWriter(file, log[0])
@@ -1141,7 +1137,7 @@ def reward_model_quality(score_fn, sft, data: Data, cfg: Config) -> dict[str, fl
     stage_rng(cfg, "reward model quality")
     groups = data.held_out or sample_groups(sft, data.prompts["validation"][:20], 32, cfg)
     human = [range(len(rows), 0, -1) if data.held_out else human_score(*zip(*rows)) for rows in groups]
-    both = [torch.tensor([points, rate(score_fn, rows)]) for points, rows in zip(map(list, human), groups)]  # [2,K] each
+    both = [torch.tensor([points, rate(score_fn, rows)]) for points, rows in zip(map(list, human), groups)]  # [2,K]
     gaps, score_gaps = torch.cat([(x.unsqueeze(2) - x.unsqueeze(1)).flatten(1) for x in both], dim=1)   # [sum of K*K]
     accuracy = (gaps.sign() == score_gaps.sign())[gaps.abs() > 0].float().mean().item()
     r = math.nan if data.held_out else torch.corrcoef(torch.cat(both, dim=1))[0, 1].item()
@@ -1194,7 +1190,7 @@ def show_report(report: dict, tables: dict[str, list], prompts: list[str]):
         say(f"{name:10}" + "".join(f"{report[name][column]:10.2f}" for column in columns))
     j_star, size, fraction = report["optimum"].values()
     say(f"\nTHE OPTIMUM: the best objective that any policy can have is J* = {j_star:.3f}" + (
-        f"; of the way there from SFT, PPO went {fraction:.1%}" if fraction == fraction else " or more: too few samples")
+        f"; of the way there from SFT, PPO went {fraction:.1%}" if fraction == fraction else " or more (few samples)")
         + f"\n(estimated from {size:.0f} effective samples per prompt)")
     for i in range(len(prompts))[2::5]:
         say(f"\n  user        {shown(prompts[i])}")
@@ -1333,7 +1329,8 @@ def main(argv=None):
     base = base_model(own, cfg)
     data = load_data({flag: shorten(lines, base, cfg) for flag, lines in own.items()}, cfg)
     open_folder(cfg)
-    how = f"\nstopped; to go on: python {sys.argv[0]} --resume {cfg.out}"  # a second Ctrl-C does not wait for the step's end
+    # Ctrl-C waits for the end of the step, which is saved; pressed again, it does not
+    how = f"\nstopped; to go on: python {sys.argv[0]} --resume {cfg.out}"
     signal.signal(signal.SIGINT, lambda *args: signal.default_int_handler(*args) if STOP else STOP.append(how))
 
     pretrained = stage("pretrain", ActorCritic, cfg, seconds, lambda: pretrain(base, data.texts, cfg))
@@ -1348,7 +1345,7 @@ def main(argv=None):
     save_model(policy, Path(cfg.out) / "policy")
 
     stage_rng(cfg, "report")
-    test, N = data.prompts["test"][:20], 64
+    test, N = data.prompts["test"][:20], min(64, cfg.optimum_samples)
     tables = {name: evaluate(model, reference, score_fn, test, N, cfg, kl_coef)
               for name, model in (("pretrained", pretrained), ("sft", reference), ("ppo", policy))}
     groups = sample_groups(reference, test, cfg.optimum_samples, cfg)

@@ -43,9 +43,19 @@ def small_config(*flags):
 
 def pad(sequences, left):
     width = max(map(len, sequences))
-    rows = [[0] * (width - len(s)) * left + s + [0] * (width - len(s)) * (not left) for s in sequences]
-    masks = [[False] * (width - len(s)) * left + [True] * len(s) + [False] * (width - len(s)) * (not left) for s in sequences]
-    return torch.tensor(rows), torch.tensor(masks)
+    gaps = [[0] * (width - len(s)) for s in sequences]
+    rows = [gap * left + s + gap * (not left) for s, gap in zip(sequences, gaps)]
+    masks = [gap * left + [1] * len(s) + gap * (not left) for s, gap in zip(sequences, gaps)]
+    return torch.tensor(rows), torch.tensor(masks).bool()
+
+
+def shifted(actor):
+    """A frozen copy of the actor with another policy."""
+    model = ppo.frozen(actor)
+    head = model.lm.get_output_embeddings().weight
+    with torch.no_grad():
+        head += 0.1 * torch.randn_like(head)
+    return model
 
 
 def random_batch(rows=5, P=4, T=7, vocab_size=23, seed=0):
@@ -97,9 +107,7 @@ def read_metrics(out):
 def test_ratio_is_one_and_nothing_is_clipped_before_the_first_update(world):
     tokenizer, actor, _, prompts = world
     cfg = small_config("--minibatches", "2", "--ppo_epochs", "2", "--temperature", "0.7")
-    actor, reference = copy.deepcopy(actor), ppo.frozen(actor)
-    with torch.no_grad():  # another model than the actor, or a ratio to the reference would be 1 too (T5)
-        reference.lm.get_output_embeddings().weight += 0.1 * torch.randn_like(reference.lm.get_output_embeddings().weight)
+    actor, reference = copy.deepcopy(actor), shifted(actor)  # were they equal, a ratio to the reference would be 1 too
     rollout = ppo.collect_rollout(actor, reference, ppo.human_score, prompts, cfg)
     assert not torch.allclose(rollout.log_probs, rollout.ref_log_probs)
     still = torch.optim.SGD(actor.parameters(), lr=0.0)  # does not move: every update is a first one
@@ -260,12 +268,10 @@ def test_kl_is_exactly_zero_before_the_first_update(world):
 def test_the_reported_kl_is_positive_towards_the_reference(world):
     """KL(pi || ref) = E_pi[log pi - log ref]: with the sign turned it would be negative on average."""
     tokenizer, actor, _, prompts = world
-    reference = ppo.frozen(actor)
-    with torch.no_grad():
-        reference.lm.get_output_embeddings().weight += 0.1 * torch.randn_like(reference.lm.get_output_embeddings().weight)
-    rollout = ppo.collect_rollout(actor, reference, ppo.human_score, prompts * 8, small_config())
+    rollout = ppo.collect_rollout(actor, shifted(actor), ppo.human_score, prompts * 8, small_config())
     metrics = ppo.means(ppo.describe([rollout], 0.1))
-    assert metrics["kl"] > 0.1 and metrics["objective"] == pytest.approx(metrics["reward"] - 0.1 * metrics["kl"], abs=1e-5)
+    assert metrics["kl"] > 0.1
+    assert metrics["objective"] == pytest.approx(metrics["reward"] - 0.1 * metrics["kl"], abs=1e-5)
 
 
 def test_sampled_kl_agrees_with_the_exact_kl():
@@ -313,11 +319,13 @@ def test_a_token_of_probability_zero_is_never_sampled():
 def test_padding_is_not_eos_and_eos_is_learned(world):
     tokenizer, actor, *_ = world
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
-    *_, reply_ids, mask = ppo.encode(actor, [ppo.Row("I feel sad.", "Oh.", True), ppo.Row("Hi", "Call a friend.", True)])
+    rows = [ppo.Row("I feel sad.", "Oh.", True), ppo.Row("Hi", "Call a friend.", True)]
+    *_, reply_ids, mask = ppo.encode(actor, rows)
     last = reply_ids[torch.arange(2), mask.sum(1) - 1]
     assert (last == tokenizer.eos_token_id).all(), "EOS is inside the mask, so the SFT loss and PPO see it"
     actor, cfg = copy.deepcopy(actor), small_config("--max_new_tokens", "30")
-    ppo.minimize(actor, ppo.imitation_loss, [ppo.Row("I feel sad.\n", "Call a friend.", True)], 16, 60, 1e-2, "test", cfg)
+    row = ppo.Row("I feel sad.\n", "Call a friend.", True)
+    ppo.minimize(actor, ppo.imitation_loss, [row], 16, 60, 1e-2, "test", cfg)
     rows, *_ = ppo.sample_replies(actor, ["I feel sad.\n"] * 8, cfg)
     assert rows == [ppo.Row("I feel sad.\n", "Call a friend.", True)] * 8
 
@@ -525,9 +533,9 @@ def test_win_rate_counts_ties_half():
 # ---- The task --------------------------------------------------------------------------------------------------------
 def test_held_out_prompts_occur_in_no_training_stage_and_their_words_do():
     splits = ppo.split(ppo.WORLD_PROMPTS)
-    assert len(splits["train"]) >= 100 and len(splits["validation"]) == len(splits["test"]) == 20
+    assert len(splits["train"]) >= 100 and len(splits["validation"]) == len(splits["test"]) == 15
     assert {ppo.WORLD_PROMPTS[prompt][0] for prompt in splits["train"]} == ppo.WORDS
-    assert len(set(sum(splits.values(), []))) == sum(map(len, splits.values())) == 200  # no prompt is in two splits
+    assert len(set(sum(splits.values(), []))) == sum(map(len, splits.values())) == 150  # no prompt is in two splits
 
 
 def test_the_human_prefers_kinds_of_replies_in_the_storys_order():
@@ -783,7 +791,7 @@ CONFIGS = {"gpt2": lambda **ids: GPT2Config(n_positions=128, n_layer=1, n_embd=3
            "llama": lambda **ids: LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, **ids,
                                               num_attention_heads=2, max_position_embeddings=128),
            "qwen2": lambda **ids: Qwen2Config(hidden_size=32, intermediate_size=48, num_hidden_layers=2, **ids,
-                                              num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=128)}
+                                              num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=99)}
 
 
 def save_foreign_model(folder, architecture, tokenizer, pad):
@@ -891,14 +899,15 @@ def test_gradient_checkpointing_gives_the_same_gradient_and_dropout_stays_off(ar
 def test_bfloat16_reaches_the_language_model_only(world, rollout):
     actor = copy.deepcopy(world[1])
     actor.cfg = small_config()
-    assert torch.equal(ppo.read_replies(actor, rollout.batch, 0.7)[0], ppo.read_replies(world[1], rollout.batch, 0.7)[0])
+    exact = ppo.read_replies(world[1], rollout.batch, 0.7)[0]
+    assert torch.equal(ppo.read_replies(actor, rollout.batch, 0.7)[0], exact)
     actor.cfg.device = "cuda"  # the tensors are on the CPU: it does what a GPU would do
     seen = []
-    list(actor.lm.base_model.children())[-1].register_forward_hook(lambda module, inputs, out: seen.append(inputs[0].dtype))
+    last_layer = list(actor.lm.base_model.children())[-1]
+    last_layer.register_forward_hook(lambda module, inputs, out: seen.append(inputs[0].dtype))
     actor.lm.get_output_embeddings().register_forward_hook(lambda module, inputs, out: seen.append(out.dtype))
     log_probs, values, logits = ppo.read_replies(actor, rollout.batch, 0.7)
     assert torch.bfloat16 in seen and {log_probs.dtype, values.dtype, logits.dtype} == {torch.float32}
-    exact = ppo.read_replies(world[1], rollout.batch, 0.7)[0]
     difference = (log_probs - exact)[rollout.mask].abs().max()
     assert 0 < difference < 0.1
 
@@ -948,7 +957,8 @@ def test_two_processes_compute_what_one_computes(world, rollout, tmp_path):
     assert torch.allclose(one["white"], torch.cat([x["white"] for x in two]), atol=1e-5)
     for other in two:
         assert all(torch.allclose(a, b, atol=1e-5, rtol=1e-4) for a, b in zip(one["grads"], other["grads"]))
-        assert all((a - b).abs().mean() < 1e-4 for a, b in zip(one["weights"], other["weights"]))  # Adam blows up rounding
+        # Adam blows up rounding
+        assert all((a - b).abs().mean() < 1e-4 for a, b in zip(one["weights"], other["weights"]))
         assert other["variance"] == pytest.approx(one["variance"], rel=1e-4)
     assert all(torch.equal(a, b) for a, b in zip(two[0]["weights"], two[1]["weights"]))
 
@@ -975,7 +985,7 @@ def same_results(a, b):
 
 
 @pytest.mark.parametrize("save,half_written", [(1, False), (2, True), (4, False), (7, True), (9, False), (11, True)])
-def test_a_run_killed_while_saving_and_resumed_ends_like_one_never_stopped(run, save, half_written, tmp_path, monkeypatch):
+def test_a_run_killed_while_saving_and_resumed_ends_as_if_not(run, save, half_written, tmp_path, monkeypatch):
     """With --save_every 1, the six saves are three stages' folders and states, and the cycles' states and metrics."""
     replace, count = os.replace, [0]
 
