@@ -1,6 +1,7 @@
 """What ppo_rlhf.py promises, one test per promise. Run: pytest"""
 import copy
 import csv
+import itertools
 import json
 import math
 import os
@@ -17,8 +18,9 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")  # no test
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2ForSequenceClassification,
-                          GPT2LMHeadModel, LlamaConfig, Qwen2Config)
+                          GPT2LMHeadModel, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config)
 
 import ppo_rlhf as ppo
 
@@ -791,7 +793,8 @@ CONFIGS = {"gpt2": lambda **ids: GPT2Config(n_positions=128, n_layer=1, n_embd=3
            "llama": lambda **ids: LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, **ids,
                                               num_attention_heads=2, max_position_embeddings=128),
            "qwen2": lambda **ids: Qwen2Config(hidden_size=32, intermediate_size=48, num_hidden_layers=2, **ids,
-                                              num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=99)}
+                                              num_attention_heads=2, num_key_value_heads=1,
+                                              max_position_embeddings=128)}
 
 
 def save_foreign_model(folder, architecture, tokenizer, pad):
@@ -1094,3 +1097,615 @@ def test_ctrl_c_on_the_command_line_exits_with_130_and_the_command_to_go_on(run,
     shown, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and f"--resume {out}" in shown and errors == ""
     assert len(read_metrics(out)) == torch.load(out / "state.pt", weights_only=True)["step"] > 0
+
+
+# ======================================================================================================================
+# The papers' formulas, worked out once more in slow and plain ways: every function of the script has to agree.
+#
+# Nothing here shares code or tricks with ppo_rlhf.py: loops over floats (Python's are float64) in place of tensors, sums
+# in place of recursions, and all replies of a world small enough to list in place of samples.
+# ======================================================================================================================
+JUNK = (math.nan, math.inf, -math.inf)
+PAD, EOS = 0, 1
+
+
+# ---- All that these tests need of the script besides the functions of the contract -----------------------------------
+def make_config(**changes):
+    return ppo.Config(device="cpu", **changes)
+
+
+def make_actor(lm, tokenizer, cfg):
+    return ppo.ActorCritic(lm, tokenizer, cfg)
+
+
+def make_critic_random(actor):
+    """The critic starts as zero; here it should say something."""
+    torch.nn.init.normal_([*actor.head.parameters()][-2], std=0.5)
+
+
+def critic_parameters(actor):
+    return actor.head.parameters()
+
+
+def language_model(actor):
+    return actor.lm
+
+
+# ---- Random cases ----------------------------------------------------------------------------------------------------
+def cases(count, seed=0):
+    """(number, rng, lengths, T): batches with replies of every kind of length, the edge cases again and again."""
+    for number in range(count):
+        rng = random.Random(f"{seed} {number}")
+        B, T = (1 if number % 7 == 0 else rng.randint(1, 6)), (1 if number % 11 == 0 else rng.randint(1, 9))
+        lengths = [rng.randint(1, T) for _ in range(B)]
+        if number % 4 == 0:
+            lengths[rng.randrange(B)] = 1  # an empty reply: EOS, and nothing else
+        if number % 4 == 1:
+            lengths = [rng.randint(1, T)] * B  # all of one length; often there is padding behind all of them
+        if number % 4 == 2:
+            lengths[rng.randrange(B)] = T  # cut off at the limit
+        yield number, rng, lengths, T
+
+
+def numbers(rng, lengths, scale=1.0):
+    """One float for every real token, reply by reply."""
+    return [[rng.gauss(0, scale) for _ in range(n)] for n in lengths]
+
+
+def tensor(rows, T, fill=0.0):
+    """Rows of different lengths -> float64 [B,T], `fill` (a number, or many to go round) at the masked positions."""
+    fill = itertools.cycle(fill if isinstance(fill, tuple) else (fill,))
+    return torch.tensor([row + [next(fill) for _ in range(T - len(row))] for row in rows], dtype=torch.float64)
+
+
+def real(lengths, T):
+    return torch.tensor([[t < n for t in range(T)] for n in lengths])
+
+
+def flat(rows):
+    return [x for row in rows for x in row]
+
+
+def mean(xs):
+    return math.fsum(xs) / len(xs)
+
+
+def agree(result, rows, T, tolerance=1e-9):
+    """result [B,T] holds the numbers of `rows`, and exactly 0 behind each of them."""
+    assert result.shape == (len(rows), T)
+    for got, row in zip(result.tolist(), rows):
+        assert got[:len(row)] == pytest.approx(row, rel=tolerance, abs=tolerance)
+        assert got[len(row):] == [0.0] * (T - len(row))
+
+
+# ---- The formulas ----------------------------------------------------------------------------------------------------
+def rewards_of_reply(log_probs, ref_log_probs, score, beta):
+    """Ziegler et al. 2019, eq. 2 by tokens: r_t = -beta log(pi / ref), and the score on top at the last token."""
+    T = len(log_probs)
+    return [-beta * (log_probs[t] - ref_log_probs[t]) + (score if t == T - 1 else 0.0) for t in range(T)]
+
+
+def residuals_of_reply(rewards, values, gamma):
+    """delta_t = r_t + gamma V(s_{t+1}) - V(s_t), where V is 0 once the reply is over."""
+    T = len(rewards)
+    return [rewards[t] + (gamma * values[t + 1] if t + 1 < T else 0.0) - values[t] for t in range(T)]
+
+
+def n_step_advantage(rewards, values, gamma, t, n):
+    """A_t^(n) = sum_{l<n} gamma^l r_{t+l} + gamma^n V(s_{t+n}) - V(s_t)      (Schulman et al. 2015, eq. 14)"""
+    T, total = len(rewards), -values[t]
+    for b in range(n):
+        total += gamma ** b * (rewards[t + b] if t + b < T else 0.0)
+    return total + gamma ** n * (values[t + n] if t + n < T else 0.0)
+
+
+def gae_as_mixture(rewards, values, gamma, lam):
+    """A_t = (1-lam) sum_{n>=1} lam^(n-1) A_t^(n)  (eq. 16); from n = N = T-t on all are equal: weight lam^(N-1)"""
+    T, advantages = len(rewards), []
+    for t in range(T):
+        N = T - t
+        weights = [(1 - lam) * lam ** (n - 1) for n in range(1, N)] + [lam ** (N - 1)]
+        assert math.fsum(weights) == pytest.approx(1)
+        advantages.append(math.fsum(weights[n - 1] * n_step_advantage(rewards, values, gamma, t, n)
+                                    for n in range(1, N + 1)))
+    return advantages
+
+
+def gae_as_double_sum(rewards, values, gamma, lam):
+    """A_t = sum_{k>=t} (gamma lam)^(k-t) delta_k      (eq. 16, last line)"""
+    delta, T = residuals_of_reply(rewards, values, gamma), len(rewards)
+    return [math.fsum((gamma * lam) ** (k - t) * delta[k] for k in range(t, T)) for t in range(T)]
+
+
+def surrogate_of_token(ratio, advantage, eps):
+    """min(rho A, g(eps, A)), g = (1+eps) A if A >= 0, else (1-eps) A: eq. 7 without a clip, as in Spinning Up."""
+    limit = (1 + eps) * advantage if advantage >= 0 else (1 - eps) * advantage
+    return limit if limit < ratio * advantage else ratio * advantage
+
+
+def log_softmax(logits):
+    """log pi(v) for all v, in float64."""
+    top = max(logits)
+    total = math.log(math.fsum(math.exp(z - top) for z in logits))
+    return [z - top - total for z in logits]
+
+
+# ---- 1: oracles on random cases --------------------------------------------------------------------------------------
+def test_token_rewards_agree_with_the_formula():
+    """r_t = -beta (log pi - log ref) + [t = T] score; beta = 0 leaves the score alone."""
+    for number, rng, lengths, T in cases(250, seed="rewards"):
+        log_probs, ref, mask = numbers(rng, lengths), numbers(rng, lengths), real(lengths, T)
+        scores, beta = [rng.gauss(0, 3) for _ in lengths], 0.0 if number % 5 == 0 else rng.uniform(0, 2)
+        expected = [rewards_of_reply(*reply, beta) for reply in zip(log_probs, ref, scores)]
+        for fill in (0.0, 7.0, JUNK):
+            args = tensor(log_probs, T, fill), tensor(ref, T, fill), torch.tensor(scores, dtype=torch.float64)
+            agree(ppo.token_rewards(*args, mask, beta), expected, T)
+
+
+def test_residuals_advantages_and_returns_agree_with_the_formulas():
+    """GAE three times: as a mixture of n-step advantages, as a double sum, and by its limits."""
+    for number, rng, lengths, T in cases(300, seed="gae"):
+        rewards, values, mask = numbers(rng, lengths), numbers(rng, lengths, 2), real(lengths, T)
+        gamma, lam = (0.0, 1.0, rng.random())[number % 3], (0.0, 1.0, rng.random())[number // 3 % 3]
+        pairs = list(zip(rewards, values))
+        deltas = [residuals_of_reply(r, v, gamma) for r, v in pairs]
+        mixture = [gae_as_mixture(r, v, gamma, lam) for r, v in pairs]
+        returns = [[a + x for a, x in zip(advantages, v)] for advantages, (_, v) in zip(mixture, pairs)]
+        for fill in (0.0, 7.0, JUNK):
+            args = tensor(rewards, T, fill), tensor(values, T, fill), mask
+            agree(ppo.td_residuals(*args, gamma), deltas, T)
+            advantages, targets = ppo.gae(*args, gamma, lam)
+            agree(advantages, mixture, T)
+            agree(advantages, [gae_as_double_sum(r, v, gamma, lam) for r, v in pairs], T)
+            agree(targets, returns, T)
+            if lam == 1:  # the rewards that came, discounted: V has no part in it
+                agree(targets, [[math.fsum(gamma ** (k - t) * r[k] for k in range(t, len(r))) for t in range(len(r))]
+                                for r in rewards], T)
+            if lam == 0:
+                agree(advantages, deltas, T)
+
+
+def test_masked_mean_and_whitening_agree_with_the_formulas():
+    """(x - mean) / sqrt(var) over real tokens, var = mean (x - mean)^2; shift_mean=False puts the mean back."""
+    for number, rng, lengths, T in cases(250, seed="whiten"):
+        offset, scale, mask = rng.gauss(0, 5), rng.uniform(0.5, 3), real(lengths, T)
+        x = [[offset + scale * z for z in row] for row in numbers(rng, lengths)]
+        if number % 10 == 3:
+            x = [[offset] * n for n in lengths]  # no variance: nothing to scale, and no division by zero
+        center = mean(flat(x))
+        deviation = math.sqrt(mean([(z - center) ** 2 for z in flat(x)]))
+        white = [[(z - center) / deviation if deviation > 1e-9 else 0.0 for z in row] for row in x]
+        for fill in (0.0, 7.0, JUNK):
+            assert ppo.masked_mean(tensor(x, T, fill), mask).item() == pytest.approx(center, abs=1e-9)
+            if 1e-9 < deviation < 0.05:
+                continue  # two tokens that are almost equal: the small constant in the denominator may be seen
+            agree(ppo.whiten(tensor(x, T, fill), mask), white, T, 1e-5)
+            kept = [[z + center for z in row] for row in white]
+            agree(ppo.whiten(tensor(x, T, fill), mask, shift_mean=False), kept, T, 1e-5)
+
+
+def test_policy_loss_and_clip_fraction_agree_with_the_formula():
+    """L = -mean min(rho A, g(eps, A)) over all tokens of the batch; clipped: the limit is what counts."""
+    for number, rng, lengths, T in cases(250, seed="policy"):
+        old, advantages, mask = numbers(rng, lengths), numbers(rng, lengths), real(lengths, T)
+        new = [[z + rng.gauss(0, 0.4) for z in row] for row in old] if number % 6 else old
+        if number % 5 == 0:
+            advantages[0][0] = 0.0
+        eps, tokens = rng.uniform(0.05, 0.4), list(zip(flat(new), flat(old), flat(advantages)))
+        ratios = [math.exp(a) / math.exp(b) for a, b, _ in tokens]
+        loss = -mean([surrogate_of_token(rho, A, eps) for rho, (_, _, A) in zip(ratios, tokens)])
+        clipped = mean([(A > 0 and rho > 1 + eps) or (A < 0 and rho < 1 - eps)
+                        for rho, (_, _, A) in zip(ratios, tokens)])
+        for fill in (0.0, 7.0, JUNK):
+            args = tensor(new, T, fill), tensor(old, T, 0.0 if fill == 7.0 else fill), tensor(advantages, T, fill)
+            result, fraction = ppo.policy_loss(*args, mask, eps)
+            assert result.item() == pytest.approx(loss, abs=1e-9)
+            assert fraction.item() == pytest.approx(clipped, abs=1e-6)
+
+
+def test_value_loss_agrees_with_the_formula():
+    """1/2 mean (V - G)^2; with clipping 1/2 mean max((V - G)^2, (clip(V, V_old - c, V_old + c) - G)^2)."""
+    for number, rng, lengths, T in cases(250, seed="value"):
+        returns, old, mask = numbers(rng, lengths, 2), numbers(rng, lengths), real(lengths, T)
+        values, c = [[z + rng.gauss(0, 0.5) for z in row] for row in old], rng.uniform(0.05, 1)
+        plain, clipped = [], []
+        for V, G, V_old in zip(flat(values), flat(returns), flat(old)):
+            near = V_old + c if V > V_old + c else V_old - c if V < V_old - c else V
+            plain.append((V - G) ** 2 / 2), clipped.append(max((V - G) ** 2, (near - G) ** 2) / 2)
+        for fill in (0.0, 7.0, JUNK):
+            V, G, V_old = tensor(values, T, fill), tensor(returns, T, fill), tensor(old, T, fill)
+            for args in ((V, G, mask), (V, G, mask, V_old), (V, G, mask, V_old, None)):
+                assert ppo.value_loss(*args).item() == pytest.approx(mean(plain), abs=1e-9)
+            assert ppo.value_loss(V, G, mask, V_old, c).item() == pytest.approx(mean(clipped), abs=1e-9)
+            assert ppo.value_loss(V, G, mask, old_values=V_old, value_clip=1e6).item() == pytest.approx(mean(plain))
+
+
+def test_ranking_loss_agrees_with_the_formula():
+    """-1/(N K(K-1)/2) sum over pairs, better i before worse j, of log sigmoid(s_i - s_j)  (InstructGPT, eq. 1)."""
+    for number in range(200):
+        rng = random.Random(number)
+        N, K, scale = rng.randint(1, 6), 2 if number % 5 == 0 else rng.randint(2, 9), rng.choice((0.1, 1, 30))
+        scores, losses = [[rng.gauss(0, scale) for _ in range(K)] for _ in range(N)], []
+        for row in scores:
+            for i in range(K):
+                for j in range(i + 1, K):
+                    gap = row[i] - row[j]  # log sigmoid without overflow, whichever sign
+                    losses.append(math.log1p(math.exp(-gap)) if gap > 0 else -gap + math.log1p(math.exp(gap)))
+        assert len(losses) == N * K * (K - 1) // 2
+        assert ppo.ranking_loss(torch.tensor(scores, dtype=torch.float64)).item() == pytest.approx(mean(losses))
+
+
+def test_log_probs_and_entropy_and_their_gradients_agree_with_the_softmax():
+    """log pi = z_a - log sum e^z, H = -sum pi log pi, d log pi_a / dz = [v=a] - pi_v, dH / dz_v = -pi_v (log pi_v + H).
+
+    Large logits (a certain token, a shift of 1000 for all) must neither overflow nor cancel.
+    """
+    for number in range(200):
+        rng = random.Random(number)
+        B, T, V = rng.randint(1, 3), rng.randint(1, 4), 2 if number % 4 == 0 else rng.randint(2, 12)
+        scale, shift = rng.choice((0.0, 1.0, 4.0, 50.0, 1000.0)), rng.choice((0.0, 0.0, 1000.0, -1000.0))
+        z = torch.tensor([[[rng.gauss(shift, scale) for _ in range(V)] for _ in range(T)] for _ in range(B)],
+                         dtype=torch.float64, requires_grad=True)
+        tokens = torch.tensor([[rng.randrange(V) for _ in range(T)] for _ in range(B)])
+        log_probs, H = ppo.token_log_probs(z, tokens), ppo.entropy(z)
+        (log_gradient,), (H_gradient,) = (torch.autograd.grad(x.sum(), z) for x in (log_probs, H))
+        assert log_probs.shape == H.shape == (B, T)
+        for i, t in itertools.product(range(B), range(T)):
+            a, log_pi = tokens[i, t].item(), log_softmax(z[i, t].tolist())
+            expected = -math.fsum(math.exp(x) * x for x in log_pi)
+            assert log_probs[i, t].item() == pytest.approx(log_pi[a], abs=1e-9)
+            assert H[i, t].item() == pytest.approx(expected, abs=1e-9) and -1e-9 <= H[i, t] <= math.log(V) + 1e-9
+            assert log_gradient[i, t].tolist() == pytest.approx([(v == a) - math.exp(x) for v, x in enumerate(log_pi)])
+            wanted = [-math.exp(x) * (x + expected) for x in log_pi]
+            assert H_gradient[i, t].tolist() == pytest.approx(wanted, abs=1e-9)
+
+
+# ---- 2: gradients against finite differences -------------------------------------------------------------------------
+def slopes(loss, x, h=1e-6):
+    """d loss / d x_i = (loss(x_i + h) - loss(x_i - h)) / 2h, one entry at a time."""
+    result = torch.zeros_like(x)
+    for i in range(x.numel()):
+        step = torch.zeros_like(x)
+        step.view(-1)[i] = h
+        result.view(-1)[i] = (loss(x + step) - loss(x - step)) / (2 * h)
+    return result
+
+
+def gradient(loss, x):
+    return torch.autograd.grad(loss(leaf := x.clone().requires_grad_()), leaf)[0]
+
+
+def test_gradient_of_the_policy_loss_agrees_with_finite_differences():
+    """The four cases of clipping: in cases 2 and 4 the gradient is 0, and not nearly 0; else it is -rho A / tokens."""
+    seen = set()
+    for number, rng, lengths, T in cases(60, seed="policy gradient"):
+        eps, mask, old = rng.uniform(0.05, 0.4), real(lengths, T), numbers(rng, lengths)
+        advantages = [[rng.choice((-1, 1)) * rng.uniform(0.1, 2) for _ in row] for row in old]
+        ratios = [[rng.choice((rng.uniform(0.2, 1 - eps - 0.01), rng.uniform(1 - eps + 0.01, 1 + eps - 0.01),
+                               rng.uniform(1 + eps + 0.01, 3))) for _ in row] for row in old]  # away from the kinks
+        new = [[z + math.log(rho) for z, rho in zip(*rows)] for rows in zip(old, ratios)]
+        expected = []
+        for A_row, rho_row in zip(advantages, ratios):
+            expected.append([])
+            for A, rho in zip(A_row, rho_row):
+                case = (1 if rho <= 1 + eps else 2) if A > 0 else (3 if rho >= 1 - eps else 4)
+                seen.add((case, 1 - eps < rho < 1 + eps))
+                expected[-1].append(0.0 if case in (2, 4) else -rho * A / sum(lengths))
+        x, fill = tensor(new, T), JUNK if number % 2 else 0.0
+
+        def loss(x):
+            return ppo.policy_loss(x, tensor(old, T, fill), tensor(advantages, T, fill), mask, eps)[0]
+
+        result = gradient(loss, x)
+        agree(result, expected, T)
+        assert torch.allclose(result, slopes(loss, x), atol=1e-7)
+        assert all(g == 0.0 for g, e in zip(result.view(-1), tensor(expected, T).view(-1)) if e == 0)
+    assert seen == {(1, False), (1, True), (2, False), (3, False), (3, True), (4, False)}
+
+
+def test_gradient_of_the_value_loss_agrees_with_finite_differences():
+    """(V - G) / tokens; with clipping 0 exactly where V has left the leash and the clipped error is the larger one."""
+    held, free = 0, 0
+    for number, rng, lengths, T in cases(60, seed="value gradient"):
+        c, mask, old = rng.uniform(0.2, 1), real(lengths, T), numbers(rng, lengths)
+        moves = [[rng.choice((rng.uniform(-2, -c - 0.01), rng.uniform(0.01 - c, c - 0.01), rng.uniform(c + 0.01, 2)))
+                  for _ in row] if c < 0.99 else row for row in old]
+        values = [[z + d for z, d in zip(*rows)] for rows in zip(old, moves)]
+        returns, expected = [], []
+        for V_row, old_row in zip(values, old):
+            returns.append([]), expected.append([])
+            for V, V_old in zip(V_row, old_row):
+                near = min(max(V, V_old - c), V_old + c)
+                G = rng.gauss(0, 2)
+                while abs(abs(V - G) - abs(near - G)) < 0.01 and V != near:  # the kink of max
+                    G = rng.gauss(0, 2)
+                clipped = V != near and abs(near - G) > abs(V - G)
+                held, free = held + clipped, free + (V != near and not clipped)
+                returns[-1].append(G), expected[-1].append(0.0 if clipped else (V - G) / sum(lengths))
+        x, fill = tensor(values, T), JUNK if number % 2 else 0.0
+        for args, wanted in [((tensor(old, T, fill), c), expected), ((), [
+                [(V - G) / sum(lengths) for V, G in zip(*rows)] for rows in zip(values, returns)])]:
+
+            def loss(x):
+                return ppo.value_loss(x, tensor(returns, T, fill), mask, *args)
+
+            result = gradient(loss, x)
+            agree(result, wanted, T)
+            assert torch.allclose(result, slopes(loss, x), atol=1e-7)
+            assert all(g == 0.0 for g, e in zip(result.view(-1), tensor(wanted, T).view(-1)) if e == 0)
+    assert held > 10 and free > 10
+
+
+# ---- A world small enough to list ------------------------------------------------------------------------------------
+# Two letters and EOS; the padding token is the fourth of the vocabulary, and nothing keeps the policy from choosing it:
+# as text it is nothing, yet a token with a probability. With at most two steps there are 13 replies: EOS, and 3 * 4.
+PROMPTS = ["a", "b a b"]  # one token, and three: a batch has padding on the left
+POINTS = {"": 0.2, "a": 1.0, "b": -0.6, "a a": 0.4, "a b": 1.6, "b a": -0.3, "b b": 1.2}
+
+
+def human(prompts, replies, finished):
+    """A score_fn: a reply's points, the opposite with the second prompt."""
+    return [POINTS[" ".join(r.split())] * (1 if " ".join(p.split()) == "a" else -1) for p, r in zip(prompts, replies)]
+
+
+def letters():
+    """A real tokenizer of four words."""
+    words = Tokenizer(models.WordLevel({"<pad>": PAD, "<eos>": EOS, "a": 2, "b": 3}))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", padding_side="left")
+
+
+def letter_actor(cfg, seed=0):
+    torch.manual_seed(seed)
+    actor = make_actor(GPT2LMHeadModel(GPT2Config(
+        vocab_size=4, n_positions=16, n_layer=1, n_embd=16, n_head=2, initializer_range=0.2,
+        bos_token_id=EOS, eos_token_id=EOS, pad_token_id=PAD)), letters(), cfg)
+    make_critic_random(actor)
+    return actor
+
+
+def all_replies(steps):
+    """Every list of tokens that ends with its first EOS, or is cut off after `steps` tokens."""
+    if steps == 0:
+        return [[]]
+    return [[EOS]] + [[v] + rest for v in (PAD, 2, 3) for rest in all_replies(steps - 1)]
+
+
+def as_text(reply):
+    return " ".join("ab"[v - 2] for v in reply if v >= 2)
+
+
+def points_of(prompt, reply, cfg):
+    """The score of a reply, less the penalty if it does not end."""
+    return human([prompt], [as_text(reply)], None)[0] - (cfg.missing_eos_penalty if reply[-1] != EOS else 0)
+
+
+@torch.no_grad()
+def next_token(actor, prompt, prefix, cfg):
+    """log pi(. | prompt, prefix) at cfg.temperature: one call of the bare language model, no padding and no mask."""
+    ids = [{"a": 2, "b": 3}[word] for word in prompt.split()] + prefix
+    logits = language_model(actor)(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids))).logits[0, -1].tolist()
+    return log_softmax([z / cfg.temperature for z in logits])
+
+
+def every_state(actor, prompt, cfg):
+    """prefix -> log pi(. | prompt, prefix), for all prefixes that a reply may have."""
+    prefixes = {tuple(reply[:t]) for reply in all_replies(cfg.max_new_tokens) for t in range(len(reply))}
+    return {prefix: next_token(actor, prompt, list(prefix), cfg) for prefix in prefixes}
+
+
+@torch.no_grad()
+def value_of_state(actor, prompt, prefix):
+    """V(s): the critic's last value, before the next token is chosen; whichever that is must not matter."""
+    ids = torch.tensor([[{"a": 2, "b": 3}[word] for word in prompt.split()]])
+    values = [actor(ids, ids > 0, reply, reply >= 0)[1][0, -1].item()
+              for reply in (torch.tensor([[*prefix, token]]) for token in (2, 3))]
+    assert values[0] == pytest.approx(values[1], abs=1e-6)
+    return values[0]
+
+
+def distribution(actor, prompt, cfg):
+    """The exact probability of every reply, in the order of `all_replies`."""
+    table = every_state(actor, prompt, cfg)
+    return [math.exp(math.fsum(table[tuple(reply[:t])][reply[t]] for t in range(len(reply))))
+            for reply in all_replies(cfg.max_new_tokens)]
+
+
+def kl(p, q):
+    return math.fsum(x * math.log(x / y) for x, y in zip(p, q) if x > 0)
+
+
+def objective(p, reference, points, beta):
+    """J = E[r] - beta KL(p || reference), exactly."""
+    return math.fsum(x * r for x, r in zip(p, points)) - beta * kl(p, reference)
+
+
+def best_possible(reference, points, beta):
+    """pi* = pi_ref exp(r / beta) / Z, and J* = beta log Z."""
+    weights = [q * math.exp(r / beta) for q, r in zip(reference, points)]
+    return [w / math.fsum(weights) for w in weights], beta * math.log(math.fsum(weights))
+
+
+def real_tokens(rollout, i):
+    return rollout.reply_ids[i][rollout.mask[i]].tolist()
+
+
+def test_samples_follow_the_exact_distribution_of_all_replies():
+    """N_reply ~ Binomial(N, p_reply): 4 standard errors for each; every reply is one of the list, padded and masked."""
+    cfg, N = make_config(temperature=0.8, max_new_tokens=2), 10000
+    actor, replies = letter_actor(cfg), all_replies(2)
+    prompt_ids = torch.tensor([[PAD, PAD, 2], [3, 2, 3]]).repeat(N, 1)
+    torch.manual_seed(0)
+    ids, mask = ppo.generate(actor, prompt_ids, prompt_ids != PAD, 2, EOS, PAD, cfg.temperature)
+    assert ids.shape == mask.shape == (2 * N, 2) and (ids[~mask] == PAD).all() and mask[:, 0].all()
+    for row, prompt in enumerate(PROMPTS):
+        drawn = [tuple(r[m]) for r, m in zip(ids[row::2].numpy(), mask[row::2].numpy())]
+        p = distribution(actor, prompt, cfg)
+        assert math.fsum(p) == pytest.approx(1, abs=1e-9) and set(drawn) <= set(map(tuple, replies))
+        for reply, x in zip(replies, p):
+            assert abs(drawn.count(tuple(reply)) / N - x) < 4 * math.sqrt(x * (1 - x) / N) + 1e-4, (prompt, reply)
+
+
+@pytest.mark.parametrize("whiten", [False, True])
+def test_phase_one_agrees_with_the_formulas_reply_by_reply(whiten):
+    """Every tensor of a rollout from scratch: each reply alone, log-probs state by state, then the formulas above."""
+    cfg = make_config(temperature=0.8, max_new_tokens=3, kl_coef=0.3, gamma=0.9, lam=0.7, missing_eos_penalty=0.4,
+                      whiten_rewards=whiten, whiten_advantages=whiten, micro_batch_size=5)
+    points = lambda prompts, replies, finished: [len(p) - 0.3 * len(r) + 0.1 * f  # noqa: E731
+                                                 for p, r, f in zip(prompts, replies, finished)]
+    for seed in range(6):
+        actor, reference = letter_actor(cfg, seed), letter_actor(cfg, seed + 100)
+        prompts = (PROMPTS if seed else PROMPTS[:1]) * 8  # the first time, prompts of one token only
+        torch.manual_seed(seed)
+        r = ppo.collect_rollout(actor, reference, points, prompts, cfg)
+        T = r.mask.shape[1]
+        replies = [real_tokens(r, i) for i in range(len(prompts))]
+        assert all(reply in all_replies(3) for reply in replies) and T == max(map(len, replies))
+        assert torch.equal(r.mask, real([len(reply) for reply in replies], T)) and (r.reply_ids[~r.mask] == PAD).all()
+        states = {(model, p): every_state(model, p, cfg) for model in (actor, reference) for p in set(prompts)}
+        log_probs, ref = ([[states[model, p][tuple(reply[:t])][reply[t]] for t in range(len(reply))]
+                           for p, reply in zip(prompts, replies)] for model in (actor, reference))
+        ended = [reply[-1] == EOS for reply in replies]
+        scores = [points([p], [as_text(reply)], [end])[0] - 0.4 * (not end)
+                  for p, reply, end in zip(prompts, replies, ended)]
+        V = {(p, state): value_of_state(actor, p, state) for p in set(prompts) for state in states[actor, p]}
+        values = [[V[p, tuple(reply[:t])] for t in range(len(reply))] for p, reply in zip(prompts, replies)]
+        agree(r.log_probs, log_probs, T, 1e-5), agree(r.ref_log_probs, ref, T, 1e-5), agree(r.values, values, T, 1e-5)
+        assert r.scores.tolist() == pytest.approx(scores, abs=1e-5)
+        rewards = [rewards_of_reply(*reply, 0.3) for reply in zip(log_probs, ref, scores)]
+        if whiten:
+            center = mean(flat(rewards))
+            deviation = math.sqrt(mean([(x - center) ** 2 for x in flat(rewards)]))
+            rewards = [[(x - center) / deviation + center for x in row] for row in rewards]
+        agree(r.rewards, rewards, T, 1e-4)
+        advantages = [gae_as_mixture(*reply, 0.9, 0.7) for reply in zip(rewards, values)]
+        agree(r.returns, [[a + v for a, v in zip(*rows)] for rows in zip(advantages, values)], T, 1e-4)
+        if whiten:
+            center = mean(flat(advantages))
+            deviation = math.sqrt(mean([(x - center) ** 2 for x in flat(advantages)]))
+            advantages = [[(x - center) / deviation for x in row] for row in advantages]
+        agree(r.advantages, advantages, T, 1e-3)
+
+
+@pytest.mark.parametrize("value_clip,micro_batch_size", [(None, 64), (0.1, 3)])
+def test_one_update_takes_the_step_of_the_formula_token_by_token(value_clip, micro_batch_size):
+    """theta - lr grad(L), L = mean over all tokens of -surrogate + c_V/2 error^2 - c_ent H; each reply alone."""
+    cfg = make_config(temperature=0.8, max_new_tokens=3, kl_coef=0.3, gamma=0.9, lam=0.7, ppo_epochs=1, minibatches=1,
+                      vf_coef=0.3, ent_coef=0.2, clip_eps=0.1, value_clip=value_clip, max_grad_norm=1e9,
+                      micro_batch_size=micro_batch_size)
+    actor, reference = letter_actor(cfg, 1), letter_actor(cfg, 2)
+    torch.manual_seed(0)
+    r = ppo.collect_rollout(actor, reference, human_of_any_length, PROMPTS * 8, cfg)
+    with torch.no_grad():  # some steps later: ratios left and right of the leash
+        for p in actor.parameters():
+            p += 0.05 * torch.randn_like(p)
+    oracle, losses, clipped = copy.deepcopy(actor), [], 0
+    for i in range(len(r.mask)):
+        prompt, reply = r.prompt_ids[i:i + 1, r.prompt_mask[i]], r.reply_ids[i:i + 1, r.mask[i]]
+        logits, values = oracle(prompt, torch.ones_like(prompt).bool(), reply, torch.ones_like(reply).bool())
+        for t, token in enumerate(reply[0].tolist()):
+            log_pi = (logits[0, t] / 0.8).log_softmax(-1)
+            ratio, A = (log_pi[token] - r.log_probs[i, t]).exp(), r.advantages[i, t].item()
+            V, V_old, G = values[0, t], r.values[i, t].item(), r.returns[i, t].item()
+            error = (V - G) ** 2
+            if value_clip is not None and abs(V.item() - V_old) > value_clip:
+                error = max(error, (V_old + math.copysign(value_clip, V.item() - V_old) - G) ** 2)
+            limit = 1.1 * A if A >= 0 else 0.9 * A
+            clipped += limit < ratio.item() * A
+            surrogate = ratio * A if ratio.item() * A <= limit else limit
+            losses.append(-surrogate + 0.3 * 0.5 * error + 0.2 * (log_pi.exp() * log_pi).sum())
+    (sum(losses) / len(losses)).backward()
+    assert 0.1 < clipped / len(losses) < 0.9
+    before = [p.detach().clone() for p in actor.parameters()]
+    for p in actor.parameters():
+        p.grad = torch.ones_like(p)  # left over from somewhere: must not count
+    ppo.update_policy(actor, torch.optim.SGD(actor.parameters(), lr=1.0), r, cfg)
+    size = max(p.grad.abs().max() for p in oracle.parameters() if p.grad is not None)
+    assert size > 0.01
+    for old, new, p in zip(before, actor.parameters(), oracle.parameters()):
+        step = torch.zeros_like(p) if p.grad is None else p.grad
+        assert torch.allclose(old - new, step, atol=2e-5 * size.item() + 1e-6)
+
+
+def human_of_any_length(prompts, replies, finished):
+    return [len(p) / 4 - len(r.split()) + r.count("a b") for p, r in zip(prompts, replies)]
+
+
+# ---- 3: the exact KL -------------------------------------------------------------------------------------------------
+def test_the_sampled_kl_agrees_with_the_sum_over_the_vocabulary_along_all_replies():
+    """KL = sum over states of P(s) sum_v pi(v|s) log(pi(v|s) / ref(v|s)); samples within 4 standard errors."""
+    cfg, N = make_config(temperature=0.7, max_new_tokens=4, missing_eos_penalty=0.0), 3000
+    actor, reference = letter_actor(cfg, 3), letter_actor(cfg, 4)
+    no_score = lambda prompts, replies, finished: [0.0] * len(prompts)  # noqa: E731
+    for prompt in PROMPTS:
+        pi, ref = every_state(actor, prompt, cfg), every_state(reference, prompt, cfg)
+        exact = 0.0
+        for s in pi:  # P(s): the chance to come by this state
+            chance = math.exp(math.fsum(pi[s[:t]][s[t]] for t in range(len(s))))
+            exact += chance * math.fsum(math.exp(a) * (a - b) for a, b in zip(pi[s], ref[s]))
+        assert exact == pytest.approx(kl(distribution(actor, prompt, cfg), distribution(reference, prompt, cfg)))
+        torch.manual_seed(0)
+        r = ppo.collect_rollout(actor, reference, no_score, [prompt] * N, cfg)
+        log_ratios = (r.log_probs - r.ref_log_probs).sum(dim=1)
+        with torch.no_grad():
+            batch = r.prompt_ids, r.prompt_mask, r.reply_ids, r.mask
+            a, b = ((model(*batch)[0].double() / cfg.temperature).log_softmax(-1) for model in (actor, reference))
+        along = torch.where(r.mask, (a.exp() * (a - b)).sum(-1), 0).sum(dim=1)
+        spent = -(r.rewards.sum(dim=1)) / cfg.kl_coef
+        for estimate in (log_ratios, along, spent):
+            assert abs(estimate.mean().item() - exact) < 4 * estimate.std().item() / math.sqrt(N), prompt
+        assert exact > 0.05 and along.std() < log_ratios.std()
+
+
+# ---- 4: the optimum, exactly -----------------------------------------------------------------------------------------
+def test_the_sampled_optimum_agrees_with_the_listed_one():
+    """J* = beta log sum_y ref(y) exp(r(y) / beta), mean over prompts; effective size N (E w)^2 / E w^2."""
+    cfg, N, worlds, samples = make_config(temperature=0.8, max_new_tokens=2, missing_eos_penalty=0.5), 4000, [], []
+    reference = letter_actor(cfg, 7)
+    torch.manual_seed(0)
+    for prompt in PROMPTS:
+        p = distribution(reference, prompt, cfg)
+        worlds.append((p, [points_of(prompt, reply, cfg) for reply in all_replies(2)]))
+        samples.append(ppo.collect_rollout(reference, reference, human, [prompt] * N, cfg).scores)
+    for beta in (0.2, 0.5, 2.0):
+        exact, sizes, variance = [], [], 0.0
+        for p, points in worlds:
+            star, j_star = best_possible(p, points, beta)
+            assert objective(star, p, points, beta) == pytest.approx(j_star)
+            ratio = math.fsum(s * s / q for s, q in zip(star, p))  # E w^2 / (E w)^2
+            exact.append(j_star), sizes.append(N / ratio)
+            variance += (beta * math.sqrt((ratio - 1) / N) / len(PROMPTS)) ** 2  # of a logarithm, to first order
+        j_star, size = ppo.optimum(torch.stack(samples), beta)
+        assert abs(j_star - mean(exact)) < 4 * math.sqrt(variance) and size == pytest.approx(mean(sizes), rel=0.1)
+
+
+def train_in_the_small_world(seed):
+    """The script's own Phase I and II until nothing moves -> for each prompt pi_ref, pi_PPO, the points; and cfg."""
+    cfg = make_config(temperature=0.8, max_new_tokens=2, kl_coef=0.5, missing_eos_penalty=0.5, ppo_epochs=2,
+                      minibatches=2, lam=0.95, clip_eps=0.2, micro_batch_size=512)
+    actor, cycles, lr, batch_size = letter_actor(cfg, seed), 80, 7e-3, 384
+    reference = copy.deepcopy(actor).requires_grad_(False)
+    optimizer = torch.optim.Adam([{"params": language_model(actor).parameters()},
+                                  {"params": critic_parameters(actor), "lr": 3 * lr}], lr=lr)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda cycle: 1 - cycle / cycles)
+    torch.manual_seed(seed)
+    for _ in range(cycles):
+        rollout = ppo.collect_rollout(actor, reference, human, PROMPTS * (batch_size // 2), cfg)
+        ppo.update_policy(actor, optimizer, rollout, cfg)
+        schedule.step()
+    return cfg, [(distribution(reference, prompt, cfg), distribution(actor, prompt, cfg),
+                  [points_of(prompt, reply, cfg) for reply in all_replies(2)]) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_ppo_converges_to_the_exact_optimum(seed):
+    """pi_PPO -> pi* = pi_ref exp(r / beta) / Z: total variation below 0.03, and J* - J = beta KL(pi_PPO || pi*)."""
+    cfg, worlds = train_in_the_small_world(seed)
+    for prompt, (reference, trained, points) in zip(PROMPTS, worlds):
+        star, j_star = best_possible(reference, points, cfg.kl_coef)
+        distance, start = (0.5 * math.fsum(abs(a - b) for a, b in zip(p, star)) for p in (trained, reference))
+        j, j_start = (objective(p, reference, points, cfg.kl_coef) for p in (trained, reference))
+        print(f"seed {seed}, prompt {prompt!r}: total variation {start:.3f} -> {distance:.4f}, "
+              f"J {j_start:.4f} -> {j:.4f}, J* {j_star:.4f}: {(j - j_start) / (j_star - j_start):.2%} of the way")
+        assert j_star - j == pytest.approx(cfg.kl_coef * kl(trained, star), abs=1e-9) and start > 0.2
+        assert distance < 0.03 and (j - j_start) / (j_star - j_start) > 0.97
