@@ -43,7 +43,7 @@ from collections import namedtuple
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from inspect import signature
-from itertools import chain
+from itertools import chain, combinations
 from pathlib import Path
 
 import torch
@@ -1137,11 +1137,14 @@ def reward_model_quality(score_fn, sft, data: Data, cfg: Config) -> dict[str, fl
     stage_rng(cfg, "reward model quality")
     groups = data.held_out or sample_groups(sft, data.prompts["validation"][:20], 32, cfg)
     human = [range(len(rows), 0, -1) if data.held_out else human_score(*zip(*rows)) for rows in groups]
-    both = [torch.tensor([points, rate(score_fn, rows)]) for points, rows in zip(map(list, human), groups)]  # [2,K]
-    gaps, score_gaps = torch.cat([(x.unsqueeze(2) - x.unsqueeze(1)).flatten(1) for x in both], dim=1)   # [sum of K*K]
-    accuracy = (gaps.sign() == score_gaps.sign())[gaps.abs() > 0].float().mean().item()
-    r = math.nan if data.held_out else torch.corrcoef(torch.cat(both, dim=1))[0, 1].item()
-    say(f"judge on new prompts: {accuracy:.1%} of pairs ordered as by the human" + f", correlation {r:.2f}" * (r == r))
+    scores = [rate(score_fn, rows) for rows in groups]
+    pairs = [(h - other) * (s - other_s) > 0 for points, row in zip(human, scores)
+             for (h, s), (other, other_s) in combinations(zip(points, row), 2) if abs(h - other) > 0]
+    accuracy = sum(pairs) / len(pairs) if pairs else math.nan
+    both = torch.tensor([list(chain(*human)), list(chain(*scores))])                                    # [2,replies]
+    r = math.nan if data.held_out else torch.corrcoef(both)[0, 1].item()
+    if pairs:
+        say(f"judge on new prompts: {accuracy:.1%} of pairs ordered as by the human" + f", correlation {r:.2f}" * (r == r))
     if r < 0.7:
         say("warning: correlation below 0.7: PPO will learn what this judge likes, not what the human likes (P1)")
     return {"accuracy": accuracy, "correlation": r}
