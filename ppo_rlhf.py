@@ -401,8 +401,9 @@ def encode(model, rows: list[Row]):
     """
     tokenizer, (prompts, replies, finished) = model.tokenizer, map(list, zip(*rows))
     eos, replies = tokenizer.eos_token_id, tokenizer(replies, add_special_tokens=False).input_ids
+    room = model.cfg.max_new_tokens  # sampled text with half a character in it can come back as more tokens than it was
     ids = {"left": [prompt or [eos] for prompt in tokenizer(prompts).input_ids],
-           "right": [reply + [eos] * done for reply, done in zip(replies, finished)]}
+           "right": [reply[:room - done] + [eos] * done for reply, done in zip(replies, finished)]}
     padded = [tokenizer.pad({"input_ids": ids[side]}, padding_side=side, return_tensors="pt") for side in ids]
     tensors = [x for batch in padded for x in (batch.input_ids.long(), batch.attention_mask.bool())]
     return tuple(x.to(model.lm.device) for x in tensors)
@@ -1144,7 +1145,7 @@ def reward_model_quality(score_fn, sft, data: Data, cfg: Config) -> dict[str, fl
     both = torch.tensor([list(chain(*human)), list(chain(*scores))])                                    # [2,replies]
     r = math.nan if data.held_out else torch.corrcoef(both)[0, 1].item()
     if pairs:
-        say(f"judge on new prompts: {accuracy:.1%} of pairs ordered as by the human" + f", correlation {r:.2f}" * (r == r))
+        say(f"judge on new prompts: {accuracy:.1%} of pairs ordered like the human" + f", correlation {r:.2f}" * (r == r))
     if r < 0.7:
         say("warning: correlation below 0.7: PPO will learn what this judge likes, not what the human likes (P1)")
     return {"accuracy": accuracy, "correlation": r}

@@ -348,6 +348,18 @@ def test_a_reply_is_finished_only_by_its_own_eos(world):
     assert 0 < sum(row.finished for row in rows) and mask.any(0).all()
 
 
+def test_a_reply_sampled_in_the_middle_of_characters_still_fits_into_the_model(world):
+    """Half a character becomes U+FFFD as text, three bytes: encoded again, the reply is longer than it was sampled."""
+    tokenizer, actor, reward_model, prompts = world
+    half = tokenizer("é").input_ids[0]
+    reply = tokenizer.decode([half] * 32)
+    assert len(tokenizer(reply).input_ids) > 32
+    for finished in (True, False):
+        reply_ids, mask = ppo.encode(reward_model, [ppo.Row(prompts[0], reply, finished)])[2:]
+        assert mask.sum() == reward_model.cfg.max_new_tokens
+        assert (reply_ids[0, -1] == tokenizer.eos_token_id) == finished
+
+
 # ---- Invariant 10 ----------------------------------------------------------------------------------------------------
 def test_dropout_is_off_in_all_models():
     torch.manual_seed(0)
@@ -1102,8 +1114,8 @@ def test_ctrl_c_on_the_command_line_exits_with_130_and_the_command_to_go_on(run,
 # ======================================================================================================================
 # The papers' formulas, worked out once more in slow and plain ways: every function of the script has to agree.
 #
-# Nothing here shares code or tricks with ppo_rlhf.py: loops over floats (Python's are float64) in place of tensors, sums
-# in place of recursions, and all replies of a world small enough to list in place of samples.
+# Nothing here shares code or tricks with ppo_rlhf.py: loops over floats (Python's are float64) in place of tensors,
+# sums in place of recursions, and all replies of a world small enough to list in place of samples.
 # ======================================================================================================================
 JUNK = (math.nan, math.inf, -math.inf)
 PAD, EOS = 0, 1
