@@ -1145,7 +1145,7 @@ def reward_model_quality(score_fn, sft, data: Data, cfg: Config) -> dict[str, fl
     both = torch.tensor([list(chain(*human)), list(chain(*scores))])                                    # [2,replies]
     r = math.nan if data.held_out else torch.corrcoef(both)[0, 1].item()
     if pairs:
-        say(f"judge on new prompts: {accuracy:.1%} of pairs ordered like the human" + f", correlation {r:.2f}" * (r == r))
+        say(f"judge on new prompts: {accuracy:.1%} of pairs ranked as by humans" + f", correlation {r:.2f}" * (r == r))
     if r < 0.7:
         say("warning: correlation below 0.7: PPO will learn what this judge likes, not what the human likes (P1)")
     return {"accuracy": accuracy, "correlation": r}
