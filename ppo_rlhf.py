@@ -926,7 +926,7 @@ def moments(x, mask) -> tuple[float, float]:
 def whiten(x, mask, shift_mean: bool = True):
     """x [B,T] scaled to variance 1 over the real tokens, and to mean 0 unless shift_mean is False (N7).
 
-    Rewards keep their mean (their sign means something); advantages lose it.
+    Rewards keep their mean, advantages lose it. Only the mean is kept: single rewards can change their sign.
     """
     mean, variance = moments(x, mask)
     white = (x - mean) * (variance + 1e-8) ** -0.5

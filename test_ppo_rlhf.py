@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -1109,6 +1110,24 @@ def test_ctrl_c_on_the_command_line_exits_with_130_and_the_command_to_go_on(run,
     shown, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and f"--resume {out}" in shown and errors == ""
     assert len(read_metrics(out)) == torch.load(out / "state.pt", weights_only=True)["step"] > 0
+
+
+# ---- Notes -----------------------------------------------------------------------------------------------------------
+HERE = Path(__file__).parent
+
+
+@pytest.mark.parametrize("path", [HERE / "README.md", *sorted(HERE.glob("notes/**/*.md"))], ids=str)
+def test_the_texts_name_only_tests_functions_and_flags_that_exist(path):
+    spans = re.findall(r"`([^`\n]+)`", path.read_text(encoding="utf-8"))
+    assert all(name in globals() for span in spans for name in re.findall(r"^test_\w+$", span))
+    flags = {flag for span in spans for flag in re.findall(r"--(\w+)", span)} - {"help", "nproc"}
+    assert flags <= {name for field in vars(ppo.Config()) for name in (field, f"no_{field}")}
+    for span in spans:
+        if name := re.match(r"(ActorCritic|HeadedModel|RewardModel)\.(\w+)$", span):
+            assert hasattr(getattr(ppo, name[1]), name[2]), span
+    if path.name in ("README.md", "guide.md"):  # the errata quote other people's code
+        words = set(re.findall(r"\w+", "".join(file.read_text(encoding="utf-8") for file in HERE.glob("*.py"))))
+        assert {span for span in spans if re.match(r"[a-z_]+$", span)} <= words
 
 
 # ======================================================================================================================
