@@ -428,7 +428,7 @@ class HeadedModel(nn.Module):
         self.lm = lm.eval()  # eval() permanently: dropout would change a token's probability from call to call (N8)
         self.tokenizer, self.cfg = tokenizer, cfg
         if cfg.gradient_checkpointing:
-            lm.gradient_checkpointing_enable()
+            lm.activation_checkpointing_enable()
         width = lm.config.get_text_config().hidden_size
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, 1))
         for parameter in self.head[-1].parameters():
