@@ -80,7 +80,7 @@ class Config:
     gradient_checkpointing: bool = HfArg(default=False, help="Much less memory for a third more time in training.")
     save_every: int = HfArg(default=10, help="Save for --resume after so many cycles, or 50 times as many updates.")
     resume: str = HfArg(default="", help="Folder of a run that was stopped: go on where it was last saved.")
-    init_from: str = HfArg(default="", help="Folder of an earlier run: take its SFT and reward model, repeat only PPO.")
+    init_from: str = HfArg(default="", help="Folder of an earlier run: its settings and models; repeat only PPO.")
     # Data and models. What is not given comes from the built-in world
     prompts: str = HfArg(default="", help='JSONL, a line like {"prompt": ...}: what PPO practises on.')
     demos: str = HfArg(default="", help='JSONL, {"prompt": ..., "completion": ...}: what SFT imitates. (L2)')
@@ -143,15 +143,18 @@ def explain(message: str, *errors):
     try:
         yield
     except (UserError, *errors) as error:
-        raise UserError(f"{message}: {' '.join(str(error).split())[:300]}") from error
+        kind = "" if isinstance(error, UserError) else type(error).__name__ + ": "  # KeyError alone says only a name
+        raise UserError(f"{message}: {kind}{' '.join(str(error).split())[:300]}") from error
 
 
 # What a number may be, where "above 0" is not the whole truth.
 RANGES = {"gamma": (0, 1), "lam": (0, 1)} | dict.fromkeys(
     "seed pretrain_steps sft_steps rm_steps cycles label_noise kl_coef missing_eos_penalty vf_coef ent_coef".split(),
-    (0, math.inf))
+    (0, sys.float_info.max))
 # Defaults that differ with --model: it is pretrained already, and a large model wants smaller steps (P3).
 REAL_MODEL = {"pretrain_steps": 0, "sft_lr": 5e-5, "rm_lr": 1e-5, "lr": 1e-5}
+# What --init_from cannot change any more.
+KEPT = "model n_layer n_embd n_head pretrain_steps sft_steps sft_lr demos".split()
 # The process that this is, and how many there are: one, unless torchrun says otherwise (R1).
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
@@ -163,25 +166,30 @@ def parse_config(argv=None) -> Config:
     if parser.parse_known_args(argv)[0].model != "tiny":
         parser.set_defaults(**REAL_MODEL)
     cfg = Config(**vars(parser.parse_args(argv)))
-    if cfg.resume:
-        check(cfg == Config(resume=cfg.resume), "--resume goes on with that run's own settings; leave out other flags")
-        with explain(f"--resume {cfg.resume} is not the folder of a run", OSError, ValueError, TypeError):
-            saved = json.loads((Path(cfg.resume) / "config.json").read_text())
-            cfg = Config(**saved | {"out": cfg.resume, "resume": cfg.resume})
+    flag = "resume" if cfg.resume else "init_from"
+    if run := getattr(cfg, flag):
+        with explain(f"--{flag} {run} is not the folder of a run", OSError, ValueError, TypeError):
+            saved = json.loads((Path(run) / "config.json").read_text())
+            saved = asdict(Config()) | saved | {"out": cfg.resume, flag: run}
+            parser.set_defaults(**saved)
+            cfg = Config(**vars(parser.parse_args(argv)))
+        for name in saved if cfg.resume else KEPT:
+            check(getattr(cfg, name) == saved[name], f"--{name} is {saved[name]} in {run}; with --{flag}, leave it out")
     for name, value in vars(cfg).items():
-        low, high = RANGES.get(name, (sys.float_info.min, math.inf))
-        wanted = "above 0" if name not in RANGES else "0 or more" if high == math.inf else f"{low} to {high}"
+        low, high = RANGES.get(name, (sys.float_info.min, sys.float_info.max))
+        wanted = "above 0" if name not in RANGES else "0 or more" if high > 1 else f"{low} to {high}"
         check(type(value) not in (int, float) or low <= value <= high, f"--{name} must be {wanted}, not {value}")
     for whole, part in ("n_embd", "n_head"), ("batch_size", "replies_per_prompt"), ("batch_size", "minibatches"):
         a, b = getattr(cfg, whole), getattr(cfg, part) * (WORLD if part == "minibatches" else 1)
         check(a % b == 0, f"--{whole} {a} must be a multiple of {b} (--{part}, in each of the processes)")
-    check(not cfg.init_from or Path(cfg.init_from, "sft").is_dir(), f"--init_from {cfg.init_from} is no run's folder")
+    check(not cfg.init_from or Path(cfg.init_from, "sft/heads.safetensors").is_file(),
+          f"--init_from {cfg.init_from} has no SFT model; name the folder of a run that got so far")
     check(cfg.reward != "human" or not (cfg.prompts or cfg.demos or cfg.preferences),
           "--reward human knows the built-in prompts only; for your own data leave it out, or name another --reward")
     check(cfg.reward != "model" or cfg.preferences or not cfg.demos,
           "--demos without --preferences leave the reward model nothing to learn from; add them, or another --reward")
     with explain(f"--device {cfg.device} cannot be used; try --device cpu", RuntimeError, AssertionError, TypeError):
-        torch.empty(0, dtype=torch.double, device=cfg.device)
+        torch.zeros(1, dtype=torch.double, device=cfg.device).item()
     return cfg
 
 
@@ -288,7 +296,7 @@ def human_score(prompts: list[str], replies: list[str], finished: list[bool]) ->
 
 # ---- Your own data ---------------------------------------------------------------------------------------------------
 REPLIES = {"prompts": lambda line: [""], "demos": lambda line: [line["completion"]],  # flag -> a line's replies
-           "preferences": lambda line: line["ranked"] if "ranked" in line else [line["chosen"], line["rejected"]]}
+           "preferences": lambda line: [] + line["ranked"] if "ranked" in line else [line["chosen"], line["rejected"]]}
 
 
 def read_jsonl(path: str, flag: str) -> list[list[Row]]:
@@ -297,16 +305,17 @@ def read_jsonl(path: str, flag: str) -> list[list[Row]]:
     A preference without a prompt is in HH-RLHF's own format: the prompt is what all replies begin with, in whole words.
     """
     lines = []
-    with explain(f"--{flag} {path}", OSError, ValueError), open(path, encoding="utf-8") as file:
+    with explain(f"--{flag} {path}", OSError, ValueError), open(path, encoding="utf-8-sig") as file:
         for number, text in enumerate(file, 1):
-            with explain(f"line {number}, fields as in --help", ValueError, KeyError, TypeError):
+            with explain(f"line {number}, fields as in --help", ValueError, KeyError, TypeError, RecursionError):
                 line = json.loads(text)
                 replies = REPLIES[flag](line)
                 if flag == "preferences" and "prompt" not in line:
                     line["prompt"] = re.match(r"(.*\s)?", os.path.commonprefix(replies), re.DOTALL).group()
                     replies = [reply[len(line["prompt"]):] for reply in replies]
-                check(all(isinstance(x, str) for x in [line["prompt"], *replies]), "every text must be a string")
+                "".join([line["prompt"], *replies]).encode()  # or some of it is no text, or half a character
                 check(len(set(replies)) == len(replies) > (flag == "preferences"), "needs 2 or more different replies")
+                check(replies[0] or flag != "demos", "the completion is empty")
                 lines.append([Row(line["prompt"], reply, True) for reply in replies])
         check(lines, "the file is empty")
     return lines
@@ -314,7 +323,7 @@ def read_jsonl(path: str, flag: str) -> list[list[Row]]:
 
 def cut(text: str, room: int, tokenizer, keep_end: bool = False) -> str:
     """The beginning (or end) of `text` that fits into `room` tokens: whole paragraphs, sentences or words (N2)."""
-    step = -1 if keep_end else 1
+    step, text = (-1, text[-40 * room:]) if keep_end else (1, text[:40 * room])  # of megabytes, what may matter
     for boundary in (r"\n+", r"[.!?]+\s+|[。！？]+", r"\s+", ""):
         pieces = re.findall(rf".+?(?:{boundary}|\Z)", text, re.DOTALL)[::step]
         fits = bisect(range(len(pieces) + 1), room, key=lambda n: len(tokenizer("".join(pieces[:n][::step])).input_ids))
@@ -324,7 +333,7 @@ def cut(text: str, room: int, tokenizer, keep_end: bool = False) -> str:
 
 def shorten(lines: list[list[Row]], model, cfg: Config) -> list[list[Row]]:
     """Cut what is too long: prompts keep their end, replies their beginning but no EOS, for they would go on (N2)."""
-    short, positions = [], getattr(model.lm.config.get_text_config(), "max_position_embeddings", None) or 1 << 20
+    short, positions = [], model.positions
     check(cfg.max_new_tokens <= positions - 32, f"--max_new_tokens must leave 32 of {positions} tokens to the prompt")
     for rows in lines:
         prompt = cut(rows[0].prompt, positions - cfg.max_new_tokens, model.tokenizer, keep_end=True)
@@ -361,6 +370,9 @@ def load_data(own: dict[str, list[list[Row]]], cfg: Config) -> Data:
     splits = split(practice.union(rows[0].prompt for rows in written))
     train, held_out = ({flag: [rows for rows in lines if (rows[0].prompt in splits["train"]) == kept]
                         for flag, lines in own.items()} for kept in (True, False))
+    for flag in own:
+        check(train[flag] or not getattr(cfg, flag), f"--{flag} leaves nothing to train on; give 10 or more different "
+              f"prompts, with replies that differ in their first {cfg.max_new_tokens} tokens")
     texts = sum(train["demos"] + train["preferences"], [])
     demos = [rows[0] for rows in train["demos"] or train["preferences"]]
     if not texts:
@@ -427,6 +439,7 @@ class HeadedModel(nn.Module):
         super().__init__()
         self.lm = lm.eval()  # eval() permanently: dropout would change a token's probability from call to call (N8)
         self.tokenizer, self.cfg = tokenizer, cfg
+        self.positions = getattr(lm.config.get_text_config(), "max_position_embeddings", None) or 1 << 20
         if cfg.gradient_checkpointing:
             lm.activation_checkpointing_enable()
         width = lm.config.get_text_config().hidden_size
@@ -434,6 +447,8 @@ class HeadedModel(nn.Module):
         for parameter in self.head[-1].parameters():
             nn.init.zeros_(parameter)  # the first value is 0, the mean of a normalised reward (N5)
         self.to(cfg.device)
+        for parameter in self.parameters() if WORLD > 1 else ():  # random so far, differently in every process (R1)
+            dist.broadcast(parameter.data, 0)
 
     def read(self, ids, mask, positions, keep: int, **options):
         """The library's output for tokens ids [B,L]: logits at the last `keep` positions, and what options ask for."""
@@ -519,7 +534,7 @@ def base_model(own: dict[str, list[list[Row]]], cfg: Config) -> ActorCritic:
     rows = sum(sum(own.values(), []), [])
     if not (own["demos"] or own["preferences"]):
         rows += write_texts(random.Random(0), split(WORLD_PROMPTS)["train"], PRETRAIN_MIX)
-    tokenizer = train_tokenizer([text for row in rows for text in (row.prompt, row.reply)])
+    tokenizer = train_tokenizer([text for row in rows for text in (row.prompt[-10_000:], row.reply[:10_000])])
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     return ActorCritic(GPT2LMHeadModel(GPT2Config(
         vocab_size=len(tokenizer), n_positions=256, n_layer=cfg.n_layer, n_embd=cfg.n_embd, n_head=cfg.n_head,
@@ -852,10 +867,11 @@ def rate(score_fn, rows: list[Row], missing_eos_penalty: float = 0.0) -> list[fl
     A reply that occurs several times is scored once.
     """
     unique = list(dict.fromkeys(rows))
-    scores = [float(score) for score in score_fn(*map(list, zip(*unique)))]
-    check(len(scores) == len(unique), f"the reward gave {len(scores)} scores for {len(unique)} replies")
-    for row, score in zip(unique, scores):
-        check(math.isfinite(score), f"the reward gave {score} for the reply {row.reply!r} to {row.prompt!r}")
+    with explain(f"--reward failed on replies such as {unique[0].reply[:50]!r}", Exception):
+        scores = [float(score) for score in score_fn(*map(list, zip(*unique)))]
+        check(len(scores) == len(unique), f"{len(scores)} scores for {len(unique)} replies")
+        for row, score in zip(unique, scores):
+            check(math.isfinite(score), f"{score} for the reply {row.reply!r} to {row.prompt!r}")
     score_of = dict(zip(unique, scores))
     return [score_of[row] - missing_eos_penalty * (not row.finished) for row in rows]
 
@@ -1250,8 +1266,9 @@ def open_folder(cfg: Config):
     if RANK == 0 and not cfg.resume:
         with explain(f"--out {cfg.out} cannot be used; choose another folder", OSError):
             Path(cfg.out).mkdir(parents=True, exist_ok=True)
-            check(not os.listdir(cfg.out), "it is not empty")
-            Path(cfg.out, "config.json").write_text(json.dumps(asdict(cfg), indent=2) + "\n")
+            check({*os.listdir(cfg.out)} <= {"config.json.tmp"}, "it is not empty")
+            with replacing(Path(cfg.out, "config.json")) as path:
+                path.write_text(json.dumps(asdict(cfg), indent=2) + "\n")
 
 
 def save_model(model, folder: Path):
@@ -1332,6 +1349,8 @@ def main(argv=None):
     own = {flag: read_jsonl(path, flag) if (path := getattr(cfg, flag)) else [] for flag in REPLIES}
     base = base_model(own, cfg)
     data = load_data({flag: shorten(lines, base, cfg) for flag, lines in own.items()}, cfg)
+    if score_fn:
+        rate(score_fn, [Row(data.prompts["train"][0], "", True)])  # a function that cannot: say so now, not after SFT
     open_folder(cfg)
     # Ctrl-C waits for the end of the step, which is saved; pressed again, it does not
     how = f"\nstopped; to go on: python {sys.argv[0]} --resume {cfg.out}"

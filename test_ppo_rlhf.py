@@ -638,28 +638,6 @@ def test_human_reward_needs_no_reward_model(run, tmp_path):
         assert float(row["reward"]) == pytest.approx(float(row["human"]) - cut, abs=1e-4)  # less the EOS penalty
 
 
-@pytest.mark.parametrize("flags", [
-    ["--cycle", "3"], ["--lr", "0"], ["--lr", "fast"], ["--lam", "1.5"], ["--temperature", "0"], ["--clip_eps", "-0.2"],
-    ["--batch_size", "10", "--minibatches", "4"], ["--batch_size", "10", "--replies_per_prompt", "3"],
-    ["--reward", "nobody"], ["--max_new_tokens", "1000"],
-    ["--n_embd", "30", "--n_head", "4"], ["--init_from", "no/such/run"], ["--out", "."], ["--out", "test_ppo_rlhf.py"],
-    ["--device", "abacus"], ["--seed", "-1"], ["--lr", "nan"]])
-def test_a_wrong_call_says_so_in_one_line(flags, tmp_path):
-    here = Path(__file__).parent
-    out = [] if "--out" in flags else ["--out", str(tmp_path / "out")]
-    with pytest.raises(ppo.UserError) as error:
-        ppo.main([*TINY, *flags, *out])
-    assert "\n" not in str(error.value) and len(str(error.value)) > 10
-    assert not (tmp_path / "out").exists() and (here / "test_ppo_rlhf.py").is_file()
-
-
-def test_the_command_line_exits_with_2_and_one_line():
-    script = Path(__file__).with_name("ppo_rlhf.py")
-    done = subprocess.run([sys.executable, script, "--gamma", "2"], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-
-
 # ---- Your own data ---------------------------------------------------------------------------------------------------
 def write_jsonl(path, lines):
     path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
@@ -747,30 +725,10 @@ def test_no_text_is_longer_than_its_room_and_a_cut_reply_has_no_eos(world):
             assert row.finished == (row.reply == before.reply)
 
 
-@pytest.mark.parametrize("flag,text", [
-    ("prompts", ""), ("prompts", "hello\n"), ("prompts", "[1]\n"), ("prompts", '{"text": "x"}\n'),
-    ("prompts", '{"prompt": 3}\n'), ("prompts", '{"prompt": "a"}\n'), ("prompts", b'{"prompt": "\xff"}\n'),
-    ("demos", '{"prompt": "a"}\n'), ("demos", '{"prompt": "a", "completion": ["b"]}\n'),
-    ("preferences", '{"prompt": "a", "chosen": "b"}\n'), ("preferences", '{"prompt": "a", "ranked": ["b"]}\n'),
-    ("preferences", '{"prompt": "a", "chosen": "b", "rejected": "b"}\n'), ("preferences", '{"ranked": 3}\n'),
-    ("preferences", '{"prompt": "a", "ranked": ["b", "b", "c"]}\n')])
-def test_a_wrong_data_file_is_named_with_its_line(flag, text, tmp_path):
-    path = tmp_path / "data.jsonl"
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(ppo.UserError, match="data.jsonl|too few"):
-        ppo.main([*TINY, f"--{flag}", str(path), "--reward", "human" if flag == "none" else "model",
-                  *(["--preferences", str(path)] if flag == "demos" else []), "--out", str(tmp_path / "out")])
-    assert not (tmp_path / "out").exists()
-
-
 # ---- Rewards ---------------------------------------------------------------------------------------------------------
 REWARD = '''
 def length(prompts, replies, finished):
     return [len(reply) / 10 for reply in replies]
-def nan(prompts, replies, finished):
-    return [float("nan")] * len(replies)
-def short(prompts, replies, finished):
-    return [1.0]
 '''
 
 
@@ -779,11 +737,6 @@ def test_a_function_in_a_file_is_a_reward(run, tmp_path):
     ppo.main([*TINY, "--init_from", str(run), "--reward", f"{tmp_path}/my.py:length", "--out", str(tmp_path / "run")])
     assert not (tmp_path / "run" / "reward_model").exists()
     assert all(math.isfinite(float(row["reward"])) for row in read_metrics(tmp_path / "run"))
-    for function in ("nan", "short", "missing"):
-        with pytest.raises(ppo.UserError, match="for the reply '|1 scores for|cannot|is not") as error:
-            ppo.main([*TINY, "--init_from", str(run), "--reward", f"{tmp_path}/my.py:{function}",
-                      "--out", str(tmp_path / function)])
-        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("labels", [1, 3])
@@ -851,14 +804,6 @@ def test_the_invariants_of_reading_hold_for_every_architecture(architecture):
         ids, mask = ppo.generate(actor, prompt_ids, prompt_mask, 9, eos_id=1, pad_id=0, temperature=1e-4)  # greedy
         logits, _ = actor(prompt_ids, prompt_mask, ids, mask)  # the cache gives what one pass gives
     assert torch.equal(logits.argmax(-1)[mask], ids[mask])
-
-
-def test_a_model_that_cannot_be_had_is_one_line_that_says_how_to_go_on(tmp_path):
-    for name in ("no-such-org/no-such-model", str(tmp_path)):
-        with pytest.raises(ppo.UserError, match="--model tiny") as error:
-            ppo.main([*TINY, "--model", name, "--out", str(tmp_path / "out")])
-        assert "\n" not in str(error.value) and "local folder" in str(error.value)
-    assert not (tmp_path / "out").exists()
 
 
 # ---- Precision and memory --------------------------------------------------------------------------------------------
@@ -1000,9 +945,9 @@ def same_results(a, b):
             assert (a / name / file).read_bytes() == (b / name / file).read_bytes(), (name, file)
 
 
-@pytest.mark.parametrize("save,half_written", [(1, False), (2, True), (4, False), (7, True), (9, False), (11, True)])
+@pytest.mark.parametrize("save,half_written", [(2, False), (3, True), (5, False), (8, True), (10, False), (12, True)])
 def test_a_run_killed_while_saving_and_resumed_ends_as_if_not(run, save, half_written, tmp_path, monkeypatch):
-    """With --save_every 1, the six saves are three stages' folders and states, and the cycles' states and metrics."""
+    """With --save_every 1, after config.json come each stage's state and folder, and the cycles' metrics and states."""
     replace, count = os.replace, [0]
 
     def die(source, target):
@@ -1060,7 +1005,7 @@ def test_a_damaged_or_foreign_state_is_one_line_and_nothing_is_overwritten(run, 
         with pytest.raises(ppo.UserError) as error:
             ppo.main(["--resume", str(folder)])
         assert "\n" not in str(error.value) and snapshot(folder) == before
-    with pytest.raises(ppo.UserError, match="own settings"):
+    with pytest.raises(ppo.UserError, match="leave it out"):
         ppo.main(["--resume", str(run), "--cycles", "9"])
 
 
@@ -1110,6 +1055,190 @@ def test_ctrl_c_on_the_command_line_exits_with_130_and_the_command_to_go_on(run,
     shown, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and f"--resume {out}" in shown and errors == ""
     assert len(read_metrics(out)) == torch.load(out / "state.pt", weights_only=True)["step"] > 0
+
+
+# ---- Wrong calls -----------------------------------------------------------------------------------------------------
+def jsonl(*lines):
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+TEN = [{"prompt": f"Question {i}?\n", "completion": "Yes.", "chosen": "Good.", "rejected": "Bad."} for i in range(10)]
+WRONG_FILES = {
+    "ten.jsonl": jsonl(*TEN), "nine.jsonl": jsonl(*TEN[:9]), "same.jsonl": jsonl(*[TEN[0]] * 20),
+    "one.jsonl": jsonl(TEN[0]),
+    "empty.jsonl": "", "blank.jsonl": "\n\n\n", "text.jsonl": "Hello.\n", "half.jsonl": jsonl(*TEN) + '{"prompt": "a',
+    "list.jsonl": "[1]\n", "number.jsonl": "3\n", "string.jsonl": '"prompt ranked"\n', "null.jsonl": "null\n",
+    "deep.jsonl": "[" * 100_000 + "\n", "latin.jsonl": b'{"prompt": "caf\xe9"}\n',
+    "utf16.jsonl": jsonl(*TEN).encode("utf-16"),
+    "half_character.jsonl": '{"prompt": "\\ud83d", "completion": "b"}\n',
+    "other_field.jsonl": '{"text": "a"}\n', "number_field.jsonl": '{"prompt": 3}\n',
+    "no_completion.jsonl": '{"prompt": "a"}\n',
+    "empty_completion.jsonl": '{"prompt": "a", "completion": ""}\n',
+    "two.jsonl": '{"prompt": "a", "completion": ["b"]}\n',
+    "one_reply.jsonl": '{"prompt": "a", "chosen": "b"}\n',
+    "equal.jsonl": '{"prompt": "a", "chosen": "b", "rejected": "b"}\n',
+    "equal_in_three.jsonl": '{"prompt": "a", "ranked": ["b", "b", "c"]}\n',
+    "ranked_one.jsonl": '{"prompt": "a", "ranked": ["b"]}\n',
+    "ranked_word.jsonl": '{"prompt": "a", "ranked": "bc"}\n',
+    "ranked_object.jsonl": '{"prompt": "a", "ranked": {"b": 1, "c": 2}}\n',
+    "ranked_number.jsonl": '{"ranked": 3}\n', "ranked_numbers.jsonl": '{"prompt": "a", "ranked": [1, 2]}\n',
+    "equal_when_cut.jsonl": jsonl(*[line | {"chosen": "very " * 40 + "good", "rejected": "very " * 40 + "bad"}
+                                    for line in TEN]),
+    "syntax.py": "def score(:\n", "raises.py": "1 / 0\n", "rewards.py": """
+number = 3
+def two(prompts, replies): return [0.0] * len(replies)
+def fails(prompts, replies, finished): return [1 / len(reply) for reply in replies]
+def asserts(prompts, replies, finished): assert False
+def nan(prompts, replies, finished): return [float("nan")] * len(replies)
+def none(prompts, replies, finished): pass
+def short(prompts, replies, finished): return []
+def words(prompts, replies, finished): return ["good"] * len(replies)
+""",
+    "half_model/config.json": '{"model_type": "gpt2"}', "no_json/config.json": "{", "no_run/a": "", "not_empty/a": "",
+    "later/config.json": '{"of_a_later_version": 1}', "strange/config.json": "[]", "wrong/config.json": '{"lam": 3}',
+    "types/config.json": '{"lr": "fast"}', "no_sft/config.json": "{}", "empty_sft/config.json": "{}",
+    "empty_sft/sft/a": ""}
+
+# The message must name the last flag, or what stands after =>. F is the folder of the files above, R a finished run.
+WRONG_CALLS = """
+--cycle 3 | --out | --lr | --lr fast | --lr 0 | --lr -1 | --lr nan | --lr inf | --sft_lr 0 | --rm_lr inf | --lr 1e999
+--n_layer 2.5 | --n_layer 0 | --n_layer -1 | --n_embd 0 | --n_head 0 | --n_head 3 | --seed -1 | --seed one | --seed 1e3
+--pretrain_steps -1 | --sft_steps -1 | --rm_steps -1 | --rm_steps 1.5 | --cycles -1 | --cycles nan | --rankings 0
+--label_noise -1 | --label_noise inf | --save_every 0 | --eval_every 0 | --optimum_samples 0 | --micro_batch_size 0
+--batch_size 0 | --batch_size -8 | --replies_per_prompt 0 | --replies_per_prompt 3 | --minibatches 0 | --minibatches 3
+--minibatches 16 | --ppo_epochs 0 | --temperature 0 | --temperature -1 | --temperature nan | --temperature inf
+--lam 1.5 | --lam -0.1 | --lam nan | --gamma 1.01 | --gamma -1 | --clip_eps -0.2 | --clip_eps 0 | --clip_eps inf
+--vf_coef -1 | --value_clip 0 | --value_clip -0.2 | --value_clip none | --ent_coef -0.01 | --kl_coef -0.1
+--kl_coef inf | --kl_target 0 | --kl_target nan | --missing_eos_penalty -1 | --missing_eos_penalty inf
+--max_grad_norm 0 | --bf16 maybe | --max_new_tokens 0 | --max_new_tokens 225 | --max_new_tokens 1000 | --device abacus
+--device cuda:99 | --device meta
+
+--out F/ten.jsonl | --out F/not_empty | --out R | --out F/ten.jsonl/below | --out /proc/nobody/may
+--out F/NAME_TOO_LONG | --model F/nothing | --model F/no_run | --model F/half_model | --model F/no_json
+--model F/ten.jsonl | --model no/such-model | --model= => --model | --reward= => --reward | --reward nobody
+--reward F/no_run | --reward F/half_model | --reward F/nothing.py:f | --reward F/rewards.py
+--reward F/rewards.py:missing | --reward F/rewards.py:number | --reward F/rewards.py:two | --reward F/rewards.py:fails
+--reward F/rewards.py:asserts | --reward F/rewards.py:nan | --reward F/rewards.py:none | --reward F/rewards.py:short
+--reward F/rewards.py:words | --reward F/syntax.py:score | --reward F/raises.py:score
+
+--resume F/nothing | --resume F/no_run | --resume F/ten.jsonl | --resume F/no_json | --resume F/later
+--resume F/strange | --resume F/wrong => --lam | --resume F/types | --resume R --cycles 9 | --resume R --cycles 60
+--resume R --out F/new | --resume R --lam 0.5 | --init_from F/nothing | --init_from F/no_run | --init_from F/ten.jsonl
+--init_from F/no_sft | --init_from F/empty_sft | --init_from R --n_layer 3 | --init_from R --n_layer 2
+--init_from R --n_embd 64 | --init_from R --n_head 1 | --init_from R --sft_steps 7 | --init_from R --demos F/ten.jsonl
+--init_from R --model F/half_model
+
+--prompts F/nothing.jsonl | --prompts F/no_run | --prompts F/empty.jsonl | --prompts F/blank.jsonl
+--prompts F/text.jsonl | --prompts F/half.jsonl | --prompts F/list.jsonl | --prompts F/number.jsonl
+--prompts F/string.jsonl | --prompts F/null.jsonl | --prompts F/deep.jsonl | --prompts F/latin.jsonl
+--prompts F/utf16.jsonl | --prompts F/half_character.jsonl | --prompts F/other_field.jsonl
+--prompts F/number_field.jsonl | --prompts F/nine.jsonl => 10 or more | --prompts F/same.jsonl => 10 or more
+--prompts F/ten.jsonl --reward human | --demos F/ten.jsonl | --demos F/ten.jsonl --reward human
+--preferences F/ten.jsonl --demos F/nothing.jsonl | --preferences F/ten.jsonl --demos F/no_completion.jsonl
+--preferences F/ten.jsonl --demos F/empty_completion.jsonl | --preferences F/ten.jsonl --demos F/two.jsonl
+--preferences F/ten.jsonl --demos F/number.jsonl | --preferences F/nine.jsonl => 10 or more
+--preferences F/one_reply.jsonl | --preferences F/equal.jsonl | --preferences F/ranked_one.jsonl
+--preferences F/equal_in_three.jsonl | --preferences F/ranked_word.jsonl | --preferences F/ranked_object.jsonl
+--preferences F/ranked_number.jsonl | --preferences F/ranked_numbers.jsonl | --preferences F/number.jsonl
+--preferences F/string.jsonl | --preferences F/null.jsonl | --preferences F/equal_when_cut.jsonl
+--prompts F/ten.jsonl --preferences F/one_held_out.jsonl
+""".replace("\n", "|").split("|")
+WRONG_CALLS = [call.strip() for call in WRONG_CALLS if call.strip()]
+
+
+@pytest.fixture(scope="module")
+def wrong(tmp_path_factory):
+    """The folder of WRONG_FILES."""
+    folder = tmp_path_factory.mktemp("wrong")
+    held_out = ppo.split(line["prompt"] for line in TEN)["test"][0]
+    files = WRONG_FILES | {"one_held_out.jsonl": jsonl(*[line for line in TEN if line["prompt"] == held_out])}
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder
+
+
+def snapshot(*folders):
+    return {path: path.is_file() and path.read_bytes() for folder in folders for path in sorted(folder.rglob("*"))
+            if path.suffix != ".pyc"}
+
+
+def flags_of_call(call, wrong, run, tmp_path):
+    known = {"F": str(wrong), "R": str(run), "NAME_TOO_LONG": "x" * 300}
+    flags = ["/".join(known.get(part, part) for part in word.split("/")) for word in call.split(" => ")[0].split()]
+    out = [] if {"--out", "--resume"} & {*flags} else ["--out", str(tmp_path / "out")]
+    return [*([] if "--resume" in flags else TINY), *out, *flags]  # the wrong flag comes last
+
+
+@pytest.mark.parametrize("call", WRONG_CALLS)
+def test_a_wrong_call_says_so_in_one_line_and_writes_nothing(call, wrong, run, tmp_path, capsys):
+    before, start = snapshot(wrong, run), time.perf_counter()
+    with pytest.raises(ppo.UserError) as error:
+        ppo.main(flags_of_call(call, wrong, run, tmp_path))
+    message, flag = str(error.value), [word for word in call.split() if word.startswith("--")][-1]
+    named = call.split(" => ")[1] if " => " in call else flag
+    assert named in message and "\n" not in message and len(named) + 10 < len(message) < 1000, message
+    assert not list(tmp_path.iterdir()) and snapshot(wrong, run) == before
+    assert "pretraining:" not in capsys.readouterr().out and time.perf_counter() - start < 10
+
+
+@pytest.mark.parametrize("call", [
+    "--gamma 2", "--cycle 3", "--prompts F/half.jsonl", "--reward F/rewards.py:fails", "--resume F/no_run"])
+def test_a_wrong_command_exits_with_2_and_one_line(call, wrong, run, tmp_path):
+    script, flags = Path(__file__).with_name("ppo_rlhf.py"), flags_of_call(call, wrong, run, tmp_path)
+    done = subprocess.run([sys.executable, script, *flags], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and not list(tmp_path.iterdir())
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and call.split()[0] in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_message_names_the_cpu():
+    with pytest.raises(ppo.UserError, match="--device cuda .*--device cpu"):
+        ppo.parse_config(["--device", "cuda"])
+
+
+@pytest.mark.parametrize("word", ["word ", "w", "天", "one two.\n", " "])
+def test_a_line_of_ten_megabytes_is_cut_within_seconds(word, tmp_path, monkeypatch):
+    text = word * (10_000_000 // len(word.encode()))
+    line = {"prompt": text + "?", "completion": text, "chosen": "Good. " + text, "rejected": "Bad. " + text}
+    (tmp_path / "long.jsonl").write_text(jsonl(line, *TEN), encoding="utf-8")
+    monkeypatch.setattr(ppo, "open_folder", lambda cfg: ppo.check(False, "until here"))
+    start = time.perf_counter()
+    with pytest.raises(ppo.UserError, match="until here"):
+        ppo.main([*TINY, "--demos", f"{tmp_path}/long.jsonl", "--preferences", f"{tmp_path}/long.jsonl"])
+    assert time.perf_counter() - start < 5
+
+
+def test_prompts_longer_than_the_model_and_a_byte_order_mark_are_no_mistake(tmp_path):
+    lines = jsonl(*[line | {"prompt": f"{i} and so on. " * 999} for i, line in enumerate(TEN)])
+    (tmp_path / "long.jsonl").write_text(lines, encoding="utf-8-sig")
+    ppo.main([*TINY, "--preferences", f"{tmp_path}/long.jsonl", "--out", f"{tmp_path}/run"])
+    assert len(read_metrics(tmp_path / "run")) == 3
+
+
+def test_init_from_takes_the_settings_along_and_flags_change_them(run, tmp_path):
+    ppo.main(["--init_from", str(run), "--out", str(tmp_path / "run"), "--kl_coef", "0.05"])
+    old, new = (json.loads((folder / "config.json").read_text()) for folder in (run, tmp_path / "run"))
+    assert new == old | {"init_from": str(run), "out": str(tmp_path / "run"), "kl_coef": 0.05}
+
+
+FRESH_MODELS = '''
+import sys; sys.path.insert(0, sys.argv[1])
+import torch, ppo_rlhf as ppo
+cfg = ppo.parse_config(["--n_layer", "1", "--n_embd", "32", "--device", "cpu"])
+ppo.join_processes(cfg)
+actor = ppo.base_model({flag: [] for flag in ppo.REPLIES}, cfg)
+judge = ppo.RewardModel(ppo.frozen(actor).lm, actor.tokenizer, cfg)
+torch.save([*actor.parameters(), *judge.parameters()], f"{sys.argv[2]}/{ppo.RANK}.pt")
+ppo.leave_processes()
+'''
+
+
+def test_all_processes_begin_with_the_same_weights(tmp_path):
+    (tmp_path / "fresh.py").write_text(FRESH_MODELS)
+    done = launch(2, tmp_path / "fresh.py", Path(__file__).parent, tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert all(map(torch.equal, *(torch.load(tmp_path / f"{rank}.pt") for rank in range(2))))
 
 
 # ---- Notes -----------------------------------------------------------------------------------------------------------
