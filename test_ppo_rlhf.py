@@ -25,6 +25,7 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2F
 
 import ppo_rlhf as ppo
 
+slow = pytest.mark.skipif("SLOW" not in os.environ, reason="more of the same; run all: SLOW=1 pytest")
 torch.set_num_threads(1)  # the models are so small that threads would only wait for each other
 NAN = float("nan")
 TINY = ("--n_layer 1 --n_embd 32 --n_head 2 --pretrain_steps 6 --sft_steps 6 --rm_steps 6 --rankings 12 --cycles 3 "
@@ -966,7 +967,7 @@ def test_a_run_killed_while_saving_and_resumed_ends_as_if_not(run, save, half_wr
     same_results(run, tmp_path / "run")
 
 
-@pytest.mark.parametrize("stage,step", [("pretraining", 2), ("reward model", 4), ("PPO", 1)])
+@pytest.mark.parametrize("stage,step", [pytest.param("pretraining", 2, marks=slow), ("reward model", 4), ("PPO", 1)])
 def test_ctrl_c_saves_and_the_resumed_run_ends_like_one_never_stopped(run, stage, step, tmp_path, monkeypatch):
     rng_of = ppo.stage_rng
 
@@ -1182,8 +1183,8 @@ def test_a_wrong_call_says_so_in_one_line_and_writes_nothing(call, wrong, run, t
     assert "pretraining:" not in capsys.readouterr().out and time.perf_counter() - start < 10
 
 
-@pytest.mark.parametrize("call", [
-    "--gamma 2", "--cycle 3", "--prompts F/half.jsonl", "--reward F/rewards.py:fails", "--resume F/no_run"])
+@pytest.mark.parametrize("call", ["--gamma 2", "--reward F/rewards.py:fails", *(
+    pytest.param(call, marks=slow) for call in ("--cycle 3", "--prompts F/half.jsonl", "--resume F/no_run"))])
 def test_a_wrong_command_exits_with_2_and_one_line(call, wrong, run, tmp_path):
     script, flags = Path(__file__).with_name("ppo_rlhf.py"), flags_of_call(call, wrong, run, tmp_path)
     done = subprocess.run([sys.executable, script, *flags], capture_output=True, text=True)
@@ -1197,7 +1198,8 @@ def test_without_a_gpu_the_message_names_the_cpu():
         ppo.parse_config(["--device", "cuda"])
 
 
-@pytest.mark.parametrize("word", ["word ", "w", "天", "one two.\n", " "])
+@pytest.mark.parametrize("word", [
+    "one two.\n", "天", *(pytest.param(word, marks=slow) for word in ("word ", "w", " "))])
 def test_a_line_of_ten_megabytes_is_cut_within_seconds(word, tmp_path, monkeypatch):
     text = word * (10_000_000 // len(word.encode()))
     line = {"prompt": text + "?", "completion": text, "chosen": "Good. " + text, "rejected": "Bad. " + text}
@@ -1857,7 +1859,7 @@ def train_in_the_small_world(seed):
                   [points_of(prompt, reply, cfg) for reply in all_replies(2)]) for prompt in PROMPTS]
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=slow), pytest.param(2, marks=slow)])
 def test_ppo_converges_to_the_exact_optimum(seed):
     """pi_PPO -> pi* = pi_ref exp(r / beta) / Z: total variation below 0.03, and J* - J = beta KL(pi_PPO || pi*)."""
     cfg, worlds = train_in_the_small_world(seed)
