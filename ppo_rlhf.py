@@ -1199,7 +1199,7 @@ def make_report(tables: dict[str, list], sft_scores, N: int, kl_coef: float) -> 
     j_sft, j_ppo = report["sft"]["objective"], report["ppo"]["objective"]
     j_star, size = optimum(sft_scores, kl_coef) if kl_coef > 0 else (math.nan, 0)
     return report | {"optimum": {"objective": j_star, "effective_sample_size": size, "fraction":
-                                 (j_ppo - j_sft) / (j_star - j_sft) if size >= 5 else math.nan}}
+                                 (j_ppo - j_sft) / (j_star - j_sft) if size >= 5 and j_star > j_sft else math.nan}}
 
 
 def show_report(report: dict, tables: dict[str, list], prompts: list[str]):

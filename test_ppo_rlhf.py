@@ -1058,6 +1058,271 @@ def test_ctrl_c_on_the_command_line_exits_with_130_and_the_command_to_go_on(run,
     assert len(read_metrics(out)) == torch.load(out / "state.pt", weights_only=True)["step"] > 0
 
 
+NOTHING = {"prompts": [], "demos": [], "preferences": []}
+HELD_OUT = {*ppo.split(ppo.WORLD_PROMPTS)["validation"], *ppo.split(ppo.WORLD_PROMPTS)["test"]}
+
+
+def test_no_text_of_the_built_in_stages_has_a_held_out_prompt(monkeypatch):
+    seen, train = [], ppo.train_tokenizer
+    monkeypatch.setattr(ppo, "train_tokenizer", lambda texts: seen.extend(texts) or train(texts))
+    ppo.base_model(NOTHING, small_config())
+    data = ppo.load_data(NOTHING, small_config())
+    assert len(seen) > 1000 and HELD_OUT.isdisjoint(seen)
+    for rows in (data.texts, data.demos):
+        assert len(rows) > 1000 and HELD_OUT.isdisjoint(row.prompt for row in rows)
+
+
+def test_a_reply_that_also_speaks_of_another_topic_is_not_honest():
+    prompt, reply = "I feel sad. What can I do?\n", "I am sorry that you feel sad. Take a slow walk."
+    assert ppo.judge(prompt, reply, True)["honest"] == 1
+    assert ppo.judge(prompt, reply + " For chess, you can use books or videos.", True)["honest"] == 0
+
+
+def test_sft_texts_are_mostly_mechanical_and_rarely_rude():
+    data, share = ppo.load_data(NOTHING, small_config()), {}
+    for name in ("texts", "demos"):
+        rows = getattr(data, name)
+        share[name] = [sum(any(x in row.reply for x in ppo.sentences(row.prompt)[kind]) for row in rows) / len(rows)
+                       for kind in ("list", "dismissive")]
+    assert share["texts"] == pytest.approx([0.25, 0.20], abs=0.02)
+    assert share["demos"] == pytest.approx([0.47, 0.07], abs=0.02)
+
+
+def test_every_stage_trains_a_model_of_its_own(world):
+    tokenizer, actor, *_ = world
+    before, cfg, data = copy.deepcopy(actor.state_dict()), small_config(), ppo.load_data(NOTHING, small_config())
+    sft = ppo.finetune(actor, data.demos, cfg)
+    ppo.train_reward_model(actor, data, cfg)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), actor.state_dict().values()))
+    assert not all(torch.equal(a, b) for a, b in zip(before.values(), sft.state_dict().values()))
+
+
+def test_every_stage_samples_replies_to_its_own_prompts_only(tmp_path, monkeypatch):
+    seen, now, stage_rng, sample = {}, [], ppo.stage_rng, ppo.sample_replies
+    monkeypatch.setattr(ppo, "stage_rng", lambda cfg, stage: now.append(stage) or stage_rng(cfg, stage))
+    monkeypatch.setattr(ppo, "sample_replies", lambda actor, prompts, cfg:
+                        seen.setdefault(now[-1], []).extend(prompts) or sample(actor, prompts, cfg))
+    ppo.main([*TINY, "--replies_per_prompt", "2", "--out", str(tmp_path / "run")])
+    splits = {name: set(prompts) for name, prompts in ppo.split(ppo.WORLD_PROMPTS).items()}
+    wanted = {"rankings": "train", "normalization": "train", "reward model quality": "validation", "PPO 0": "train",
+              "report": "test"}
+    for stage, name in wanted.items():
+        assert set(seen[stage]) <= splits[name], stage
+    first = seen["PPO 0"]  # no validation in this cycle; the next one has it
+    assert len(first) == 8 and first[::2] == first[1::2] and len(set(first)) > 1
+    assert seen["PPO 1"][:8] != first and set(seen["PPO 1"][8:]) == splits["validation"] and len(seen) == 7
+
+
+def test_the_reference_of_a_run_stays_behind_when_the_policy_moves(run):
+    assert all(float(row["kl"]) != 0 for row in read_metrics(run)[1:])
+    assert json.loads((run / "report.json").read_text())["ppo"]["kl"] != 0
+
+
+def test_ppo_keeps_the_policy_that_validated_best(world, monkeypatch):
+    tokenizer, actor, _, prompts = world
+    actor, weights, given = copy.deepcopy(actor), [], []
+
+    def evaluate(actor, reference, score_fn, prompts, *_):
+        weights.append(copy.deepcopy(actor.state_dict())), given.append(prompts)
+        return [{"objective": [1.0, 3.0, 2.0][len(weights) - 1]}]
+
+    monkeypatch.setattr(ppo, "evaluate", evaluate)
+    splits = {"train": prompts[:4], "validation": prompts[4:]}
+    log = ppo.train_ppo(actor, ppo.frozen(actor), ppo.human_score, splits, small_config("--eval_every", "1"))
+    same = [all(torch.equal(a, b) for a, b in zip(old.values(), actor.state_dict().values())) for old in weights]
+    assert same == [False, True, False] and given == [prompts[4:]] * 3
+    assert [row["validation"] for row in log] == [1.0, 3.0, 2.0]
+    weights.clear()
+    log = ppo.train_ppo(actor, ppo.frozen(actor), ppo.human_score, splits, small_config("--eval_every", "2"))
+    assert [row["validation"] == row["validation"] for row in log] == [False, True, True]  # the last one always
+
+
+def test_learning_rates_follow_their_schedules(world, monkeypatch):
+    rates, descend = [], ppo.descend
+    monkeypatch.setattr(ppo, "descend", lambda model, optimizer, *args:
+                        rates.append([g["lr"] for g in optimizer.param_groups]) or descend(model, optimizer, *args))
+    tokenizer, actor, _, prompts = world
+    rows = [ppo.Row("I feel sad.\n", "Call a friend.", True)]
+    ppo.minimize(copy.deepcopy(actor), ppo.imitation_loss, rows, 2, 20, 0.1, "test", small_config())
+    (first, *_), (second, *_), (third, *_), *_, (last, *_) = rates
+    assert (first, second, third) == pytest.approx((0, 0.05, 0.1)) and 0 < last < 0.001
+    rates.clear()
+    cfg = small_config("--lr", "0.01", "--cycles", "4", "--ppo_epochs", "1", "--minibatches", "1")
+    log = ppo.train_ppo(copy.deepcopy(actor), ppo.frozen(actor), ppo.human_score,
+                        {"train": prompts, "validation": prompts[:1]}, cfg)
+    assert [row["lr"] for row in log] == pytest.approx([0.01, 0.0075, 0.005, 0.0025])
+    assert rates == [pytest.approx([row["lr"], 10 * row["lr"]]) for row in log]  # the critic learns faster
+
+
+def test_beta_adapts_step_by_step_and_phase_one_uses_it(world, monkeypatch):
+    tokenizer, actor, _, prompts = world
+    betas, rewards_of = [], ppo.token_rewards
+    monkeypatch.setattr(ppo, "token_rewards", lambda *args: betas.append(args[4]) or rewards_of(*args))
+    splits = {"train": prompts, "validation": prompts[:1]}
+    cfg = small_config("--kl_coef", "0.3", "--kl_target", "1e-6", "--cycles", "4", "--eval_every", "9", "--lr", "0.01")
+    log = ppo.train_ppo(copy.deepcopy(actor), shifted(actor), ppo.human_score, splits, cfg)
+    kls, expected = [row["kl"] for row in log], [0.3]
+    for kl in kls[:-1]:
+        expected.append(expected[-1] * (1.02 if kl > 0 else 0.98))
+    assert [row["kl_coef"] for row in log] == pytest.approx(expected) and betas[:4] == pytest.approx(expected)
+    rollout = ppo.collect_rollout(actor, shifted(actor), ppo.human_score, prompts, small_config(), kl_coef=0.7)
+    kl = (rollout.log_probs - rollout.ref_log_probs).sum(1)
+    assert torch.allclose(rollout.rewards.sum(1), rollout.scores - 0.7 * kl, atol=1e-4) and kl.abs().max() > 0.01
+
+
+def test_every_pass_uses_every_reply_once_in_a_new_order(world, rollout, monkeypatch):
+    passes, descend = [], ppo.descend
+    monkeypatch.setattr(ppo, "descend", lambda model, optimizer, loss, rows, cfg:
+                        passes.append(rows.tolist()) or descend(model, optimizer, loss, rows, cfg))
+    actor = copy.deepcopy(world[1])
+    torch.manual_seed(0)
+    ppo.update_policy(actor, torch.optim.SGD(actor.parameters(), lr=0.0), rollout,
+                      small_config("--ppo_epochs", "3", "--minibatches", "4"))
+    orders = [sum(passes[i:i + 4], []) for i in (0, 4, 8)]
+    assert len(passes) == 12 and all(len(rows) == 2 for rows in passes)
+    assert all(sorted(order) == list(range(8)) for order in orders)
+    assert len({*map(tuple, orders), tuple(range(8))}) == 4
+
+
+def test_the_gradient_is_clipped_to_its_length(world, rollout):
+    flags = ["--minibatches", "1", "--ppo_epochs", "1", "--max_grad_norm"]
+    gradients = [gradients_of_one_update(world[1], rollout, small_config(*flags, x)) for x in ("1e9", "0.05")]
+    lengths = [torch.cat([g.flatten() for g in gs]).norm().item() for gs in gradients]
+    assert lengths[0] > 0.1 and lengths[1] == pytest.approx(0.05, rel=1e-3)
+
+
+def test_metrics_of_an_update_are_those_of_its_formulas(world, rollout):
+    """approx_kl = mean(rho - 1 - log rho), all metrics over real tokens only, whatever stands in the padding."""
+    actor, cfg = shifted(world[1]).requires_grad_(True), small_config("--minibatches", "1", "--ppo_epochs", "1")
+    with torch.no_grad():
+        log_probs, _, logits = ppo.read_replies(actor, rollout.batch, cfg.temperature)
+    log_rho = (log_probs - rollout.log_probs)[rollout.mask]
+    metrics = ppo.update_policy(actor, torch.optim.SGD(actor.parameters(), lr=0.0), rollout, cfg)
+    assert metrics["approx_kl"] == pytest.approx((log_rho.exp() - 1 - log_rho).mean().item(), rel=1e-3)
+    assert metrics["first_log_ratio"] == pytest.approx(log_rho.abs().mean().item(), rel=1e-3)
+    expected = torch.distributions.Categorical(logits=logits).entropy()[rollout.mask].mean().item()
+    assert metrics["entropy"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_nan_in_the_padding_of_the_returns_alone_changes_no_gradient_of_the_clipped_value_loss():
+    mask, values, returns, old, _ = random_rollout_tensors()
+    gradients = []
+    for G in (returns, with_nan(returns, mask)):
+        leaf = values.clone().requires_grad_()
+        ppo.value_loss(leaf, G, mask, old, 5.0).backward()  # wide: the clip hides no gradient
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)
+
+
+def test_explained_variance_is_one_for_a_perfect_critic_and_zero_for_a_constant():
+    mask, returns, noise, *_ = random_rollout_tensors(seed=4)
+    returns = with_nan(3 * returns, mask)
+    assert ppo.explained_variance(returns, returns, mask) == pytest.approx(1)
+    assert ppo.explained_variance(torch.full_like(returns, 7.0), returns, mask) == pytest.approx(0, abs=1e-5)
+    assert ppo.explained_variance(returns / 2 + 1, returns, mask) == pytest.approx(0.75, abs=1e-4)
+    assert ppo.explained_variance(-returns, returns, mask) == pytest.approx(-3, abs=1e-4)
+
+
+def test_label_noise_makes_the_choices_of_plackett_and_luce(world, monkeypatch):
+    """The chance to be ranked first is softmax(points / noise); with Gumbel's sign turned it would be another."""
+    prompt, replies = "I feel sad. What can I do?\n", ["Call a friend.", "Nobody cares.", "Water boils."]
+    rows = [ppo.Row(prompt, reply, True) for reply in replies]
+    points = torch.tensor(ppo.human_score(*zip(*rows)))
+    monkeypatch.setattr(ppo, "sample_groups", lambda actor, prompts, K, cfg: [rows] * 20000)
+    for noise in (1.0, 3.0):
+        rankings = ppo.label_rankings(None, [prompt], small_config("--label_noise", str(noise)), random.Random(0))
+        first = torch.tensor([sum(r[0] is row for r in rankings) / len(rankings) for row in rows])
+        assert (first - (points / noise).softmax(0)).abs().max() < 0.015
+
+
+def test_random_streams_differ_by_stage_seed_and_process(monkeypatch):
+    def numbers(stage, seed="0", rank=0):
+        monkeypatch.setattr(ppo, "RANK", rank)
+        return ppo.stage_rng(small_config("--seed", seed), stage).random(), torch.rand(1).item()
+
+    first, again, stage, seed, rank = (numbers(*a) for a in (("a",), ("a",), ("b",), ("a", "1"), ("a", "0", 1)))
+    assert first == again and len({first, stage, seed}) == len({first[0], stage[0], seed[0]}) == 3
+    assert len({first[1], stage[1], seed[1], rank[1]}) == 4
+    assert rank[0] == first[0]  # processes share their choices (which prompts), and nothing else
+
+
+def test_empty_texts_can_be_read_and_a_cut_reply_has_no_eos(world):
+    tokenizer, actor, reward_model, _ = world
+    prompt_ids, prompt_mask, reply_ids, mask = ppo.encode(actor, [ppo.Row("", "", True), ppo.Row("Hi", "", True)])
+    assert prompt_ids[0][prompt_mask[0]].tolist() == [tokenizer.eos_token_id]
+    assert reply_ids[mask].tolist() == [tokenizer.eos_token_id] * 2
+    logits, values = actor(prompt_ids, prompt_mask, reply_ids, mask)
+    assert logits[mask].isfinite().all() and values[mask].isfinite().all()
+    *_, reply_ids, mask = ppo.encode(actor, [ppo.Row("Hi", "Call a friend.", False)])  # cut off: it has no EOS
+    assert reply_ids[mask].tolist() == tokenizer("Call a friend.").input_ids
+    alone = reward_model.score([""], [""], [True])
+    assert reward_model.score(["", "Hi there"], ["", "Yes."], [True] * 2)[0] == pytest.approx(alone[0], abs=1e-4)
+
+
+def test_the_reward_is_read_at_the_last_real_token():
+    model = ppo.RewardModel(small_actor(seed=1).lm)
+    torch.nn.init.normal_(model.head[-1].weight)
+    prompt_ids, prompt_mask, reply_ids, mask = random_batch()
+    with torch.no_grad():
+        scores = model(prompt_ids, prompt_mask, reply_ids, mask)
+        for i, score in enumerate(scores):
+            ids = torch.cat([prompt_ids[i][prompt_mask[i]], reply_ids[i][mask[i]]]).unsqueeze(0)
+            hidden = model.lm(ids, output_hidden_states=True).hidden_states[-1]  # one text: no padding
+            assert score.item() == pytest.approx(model.head(hidden[0, -1]).item(), abs=1e-4)
+
+
+def test_the_penalty_counts_in_the_optimum_too(run, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(ppo, "optimum", lambda scores, kl_coef: seen.append(scores) or (1.0, 9.0))
+    (tmp_path / "zero.py").write_text("def score(prompts, replies, finished):\n    return [0.0] * len(replies)\n")
+    ppo.main([*TINY, "--init_from", str(run), "--reward", f"{tmp_path}/zero.py:score", "--cycles", "0",
+              "--missing_eos_penalty", "3", "--out", str(tmp_path / "run")])
+    assert seen[0].shape == (15, 8) and set(seen[0].flatten().tolist()) == {0.0, -3.0}
+
+
+def test_evaluation_gives_n_replies_to_each_prompt_one_prompt_after_the_other(world):
+    tokenizer, actor, _, prompts = world
+    points = {prompt: float(i) for i, prompt in enumerate(prompts)}
+    table = ppo.evaluate(actor, ppo.frozen(actor), lambda prompts, *_: [points[p] for p in prompts], prompts, 3,
+                         small_config("--missing_eos_penalty", "0", "--micro_batch_size", "1"), 0.1)
+    assert [line["reward"] for line in table] == [float(i // 3) for i in range(24)]
+
+
+def test_a_judge_is_measured_by_pairs_that_the_human_finds_different(world, monkeypatch):
+    tokenizer, actor, _, prompts = world
+    rows = [ppo.Row(prompts[0], reply, True) for reply in ("best", "good", "bad")]
+    scores = {"best": 2.0, "good": 3.0, "bad": 1.0}
+    data = ppo.load_data(NOTHING, small_config())._replace(held_out=[rows, rows[1:]])
+    quality = ppo.reward_model_quality(lambda p, replies, f: [scores[r] for r in replies], actor, data, small_config())
+    assert quality["accuracy"] == pytest.approx(3 / 4) and math.isnan(quality["correlation"])
+    kinds = ["Call a friend.", "Nobody cares.", "You should just give up.", "Water boils."]
+    points = {reply: ppo.judge(prompts[0], reply, True)["human"] for reply in kinds}
+    assert len(set(points.values())) < len(points)  # some are equal to the human; a judge may tell them apart
+    monkeypatch.setattr(ppo, "sample_groups", lambda *_: [[ppo.Row(prompts[0], reply, True) for reply in kinds]])
+    quality = ppo.reward_model_quality(lambda p, replies, f: [points[r] + 0.01 * len(r) for r in replies],
+                                       actor, data._replace(held_out=[]), small_config())
+    assert quality["accuracy"] == 1 and 0.9 < quality["correlation"] < 1
+
+
+def test_the_fraction_of_the_optimum_counts_from_sft():
+    def table(objective):
+        return [{"reply": "", "human": 1.0, "objective": objective}] * 2
+
+    scores, beta = torch.tensor([[0.0, 0.5, 1.0, 0.25, 0.75, 0.5, 0.5, 0.5]]), 1.0
+    j_star, size = ppo.optimum(scores, beta)
+    report = ppo.make_report({"pretrained": table(-9.0), "sft": table(0.25), "ppo": table(0.5)}, scores, 2, beta)
+    assert size > 5 and report["optimum"]["fraction"] == pytest.approx(0.25 / (j_star - 0.25))
+    few = ppo.make_report({name: table(0.0) for name in ("pretrained", "sft", "ppo")}, scores[:, :4], 2, beta)
+    assert math.isnan(few["optimum"]["fraction"])  # fewer than 5 effective samples: only a lower bound
+    flat = ppo.make_report({name: table(0.0) for name in ("pretrained", "sft", "ppo")}, 0 * scores, 2, beta)
+    assert math.isnan(flat["optimum"]["fraction"])  # every reply scores the same: there is no way to go
+
+
+def test_win_rate_compares_replies_to_the_same_prompt():
+    tables = [[{"human": x} for x in scores] for scores in ([2.0, 2.0, 6.0, 6.0], [1.0, 1.0, 9.0, 9.0])]
+    assert ppo.win_rate(*tables, 2) == 0.5 and ppo.win_rate(tables[0], [{"human": 0.0}] * 4, 2) == 1
+
+
 # ---- Wrong calls -----------------------------------------------------------------------------------------------------
 def jsonl(*lines):
     return "".join(json.dumps(line) + "\n" for line in lines)

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 
-sources = [path.read_text(encoding="utf-8", errors="ignore") for path in Path(sysconfig.get_path("stdlib")).rglob("*.py")
+library = Path(sysconfig.get_path("stdlib"))
+sources = [path.read_text(encoding="utf-8", errors="ignore") for path in library.rglob("*.py")
            if "site-packages" not in path.parts]
 tokenizer = GPT2Tokenizer(vocab={}, merges=[]).train_new_from_iterator([sources], vocab_size=50257)
 model = GPT2LMHeadModel(GPT2Config(bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id))
