@@ -94,10 +94,10 @@ class Config:
     pretrain_steps: int = HfArg(default=250, help="Updates in stage 0 (only tiny has one). Fewer: clumsy English. (L2)")
     sft_steps: int = HfArg(default=450, help="Updates in stage 1. Fewer: it forgets what it was asked about. (L2)")
     sft_lr: float = HfArg(default=5e-3, help="Learning rate of stages 0 and 1; with --model, 5e-5. (P3)")
-    rm_steps: int = HfArg(default=600, help="Updates in stage 2. Fewer: a worse judge, which PPO then exploits. (P1)")
+    rm_steps: int = HfArg(default=600, help="Updates in stage 2. Fewer: a worse model, which PPO then exploits. (P1)")
     rm_lr: float = HfArg(default=1e-3, help="Learning rate of stage 2; with --model, 1e-5.")
-    rankings: int = HfArg(default=2200, help="Rankings of 4 replies by the human. 100: a judge to fool. (L3, P1)")
-    label_noise: float = HfArg(default=0.3, help="The human's unsureness in points, 0 to 2. More: a worse judge. (P1)")
+    rankings: int = HfArg(default=2200, help="Rankings of 4 replies by the human. 100: a model to fool. (L3, P1)")
+    label_noise: float = HfArg(default=0.3, help="The human's unsureness in points, 0 to 2. More: a worse model. (P1)")
     # PPO: the loop
     cycles: int = HfArg(default=60, help="Times Phase I + Phase II. 20 show the idea. (L1)")
     batch_size: int = HfArg(default=64, help="Replies per cycle, 32 to 512. More: steadier, slower. (P3)")
@@ -113,11 +113,11 @@ class Config:
     whiten_rewards: bool = HfArg(default=False, help="Token rewards to variance 1, mean kept; beta's unit shifts. (N7)")
     # PPO: the advantage
     gamma: float = HfArg(default=1.0, help="Discount, 0.9 to 1. Below 1, early tokens care less about the score. (S4)")
-    lam: float = HfArg(default=1.0, help="GAE's lambda, 0 to 1: 0 trusts the critic, 1 only what came. (S5, T2)")
+    lam: float = HfArg(default=1.0, help="GAE's lambda, 0 to 1: 0 trusts the critic, 1 only real rewards. (S5, T2)")
     whiten_advantages: bool = HfArg(default=False, help="Advantages to mean 0, variance 1. Late on, mostly noise. (N7)")
     # PPO: the losses
     clip_eps: float = HfArg(default=0.2, help="epsilon, 0.1 to 0.3: leash of a token's probability per cycle. (S6, P3)")
-    vf_coef: float = HfArg(default=0.5, help="c_V, 0.1 to 1. Here critic and actor only share the clipping. (S6)")
+    vf_coef: float = HfArg(default=0.5, help="c_V, 0.1 to 1. Here only max_grad_norm feels it: own head, Adam. (S6)")
     value_clip: float | None = HfArg(default=None, help="If given, values move at most so far per cycle, e.g. 0.2.")
     ent_coef: float = HfArg(default=0.0, help="c_ent, 0 to 0.01: reward for staying undecided. 0.1: babble. (S6)")
     # Sampling and evaluation
@@ -505,7 +505,7 @@ class RewardModel(HeadedModel):
 
 
 def frozen(model: nn.Module) -> nn.Module:
-    """A copy that never learns: the reference. It is not the old policy, which is refreshed in every cycle (T5)."""
+    """A copy without gradients, such as the reference: not the old policy, which is new in every cycle (T5)."""
     return copy.deepcopy(model).requires_grad_(False)
 
 
@@ -591,7 +591,7 @@ STOP = []  # not empty: Ctrl-C was pressed; holds how to go on
 
 
 def stage_rng(cfg: Config, stage: str) -> random.Random:
-    """A random stream of its own for every stage, and every step of a stage: what was skipped changes nothing."""
+    """Seed torch, and return a random stream, for a stage or one step of it: what was skipped changes nothing."""
     rng = random.Random(f"{stage} {cfg.seed}")
     torch.manual_seed(rng.getrandbits(63) + RANK)  # processes sample different replies, to the prompts of one list
     return rng
@@ -744,7 +744,7 @@ def normalize(model, rows: list[Row]):
 
 
 def train_reward_model(sft, data: Data, cfg: Config) -> RewardModel:
-    """Stage 2: rankings -> a judge that can score any reply. It starts from the SFT model (C)."""
+    """Stage 2: rankings -> a model that can score any reply. It starts from the SFT model (C)."""
     rankings = data.rankings or label_rankings(sft, split(WORLD_PROMPTS)["train"], cfg, stage_rng(cfg, "rankings"))
     model = RewardModel(copy.deepcopy(sft.lm), sft.tokenizer, cfg)
     minimize(model, rankings_loss, rankings, 4, cfg.rm_steps, cfg.rm_lr, "reward model", cfg)
@@ -880,10 +880,11 @@ def rate(score_fn, rows: list[Row], missing_eos_penalty: float = 0.0) -> list[fl
 def token_rewards(log_probs, ref_log_probs, scores, mask, kl_coef: float):
     """Token-level reward [B,T] from log-probs [B,T] and scores [B].
 
-    r_t = -beta * (log pi(a_t|s_t) - log pi_ref(a_t|s_t))        every token: each step away from the reference costs
+    r_t = -beta * (log pi(a_t|s_t) - log pi_ref(a_t|s_t))        every token: what the reference would not say costs
     r_T = the same + r_RM                                        last real token: the score of the whole reply
 
-    The KL term is what keeps the reward model honest: it was trained on SFT's replies and knows nothing about others,
+    pi is the policy that has just sampled; rewards are fixed numbers, no gradient flows through them. The KL term keeps
+    the policy where the reward model can be trusted: that was trained on SFT's replies and knows nothing about others,
     so a policy that strays far enough finds nonsense that scores high (D's "hahaha", P1, P2).
 
     The score must land on the last token of the *reply*, not on the last column: padding is masked out of the loss, and
@@ -990,8 +991,9 @@ def policy_loss(log_probs, old_log_probs, advantages, mask, clip_eps: float):
     pi_old is the policy that sampled this batch: not the reference, which never changes (T5). The four cases (T4):
         A > 0, rho <= 1+eps   the token gets likelier          A < 0, rho >= 1-eps   the token gets less likely
         A > 0, rho >  1+eps   far enough: gradient zero        A < 0, rho <  1-eps   far enough: gradient zero
-    With clip alone and no min, a step in the wrong direction could not be taken back either.
-    clip_fraction is the share of tokens whose gradient is zero.
+    Why the min? When rho has moved the wrong way (A > 0, rho < 1-eps, or A < 0, rho > 1+eps), clip alone would have
+    gradient zero too, and the mistake could not be undone.
+    clip_fraction is the share of tokens whose gradient the clip has made zero.
     """
     ratio = torch.exp(torch.where(mask, log_probs - old_log_probs, 0))                                  # [B,T]
     surrogate = ratio * advantages
@@ -1051,7 +1053,7 @@ def describe(rollouts: list[Rollout], kl_coef: float) -> list[dict]:
     """What there is to say of each reply, from all processes: reply (the text), the human's verdicts (see `judge`),
     reward, kl, objective = reward - beta * kl, reply_length in tokens, finished.
 
-    kl is KL(pi_old || pi_ref) in nats, estimated by the reply's own tokens: one reply's can be negative, the mean not.
+    kl is KL(pi_old || pi_ref) in nats, estimated by the reply's own tokens: it can be negative, its expectation not.
     """
     numbers = [zip(r.rows, r.scores.tolist(), (r.log_probs - r.ref_log_probs).sum(dim=1).tolist(),
                    r.mask.sum(dim=1).tolist()) for r in rollouts]
@@ -1062,7 +1064,7 @@ def describe(rollouts: list[Rollout], kl_coef: float) -> list[dict]:
 # ======================================================================================================================
 # 6  The loop
 # ======================================================================================================================
-# The columns of metrics.csv, and what they do in a healthy run:
+# The main columns of metrics.csv, and what they do in a healthy run:
 #   reward, objective    rise quickly, then flatten; objective = reward - beta * kl is what PPO maximises
 #   human                follows the reward. If it falls while the reward rises, the reward model is being fooled (P1)
 #   kl                   0 at first, rises to a few nats and stays. If it keeps rising, beta is too small (P2)
@@ -1070,9 +1072,11 @@ def describe(rollouts: list[Rollout], kl_coef: float) -> list[dict]:
 #   entropy              falls, not to 0 at once: then nothing is tried any more
 #   clip_fraction        0 to 0.2. Much more: lr or ppo_epochs too large
 #   approx_kl            to the *old* policy, per token: how far one cycle moves, well below 0.1
-#   first_log_ratio      below 1e-5, always: otherwise the old log-probs are wrong
+#   first_log_ratio      below 1e-5 in float32: otherwise the old log-probs are wrong
 #   policy_loss          jitters around 0 and means little: its sampling distribution changes with every cycle
-#   value_loss           falls;  explained_variance: from 0 up; a good critic nears 1
+#   value_loss           falls
+#   explained_variance   rises from 0 while replies differ in quality; once nearly all are good, little is left to
+#                        explain, and it wanders about 0
 SHOWN = {"cycle": "5.0f", "reward": "7.3f", "human": "6.2f", "kl": "6.2f", "objective": "9.3f", "entropy": "7.3f",
          "clip_fraction": "13.3f", "explained_variance": "18.2f", "reply_length": "12.1f", "seconds": "7.2f"}
 
@@ -1082,7 +1086,7 @@ def train_ppo(actor, reference, score_fn, prompts: dict[str, list[str]], cfg: Co
 
     Returns the metrics, a dict per cycle: the rows of metrics.csv.
     """
-    # The critic starts from nothing and should be ahead of the actor, so it learns ten times faster. No weight decay:
+    # The critic starts from nothing and should be ahead of the actor: ten times the learning rate. No weight decay:
     # it would pull the policy towards zero weights. The learning rate falls to 0: late cycles have only noise to learn.
     groups = [{"params": actor.lm.parameters()}, {"params": actor.head.parameters(), "lr": 10 * cfg.lr}]
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, weight_decay=0.0, fused=True)
@@ -1146,7 +1150,7 @@ def means(table: list[dict]) -> dict[str, float]:
 
 
 def reward_model_quality(score_fn, sft, data: Data, cfg: Config) -> dict[str, float]:
-    """How well a judge agrees with the human on prompts held out from all training (P1).
+    """How well a reward agrees with the human on prompts held out from all training (P1).
 
     accuracy: share of reply pairs, same prompt, that both order alike; pairs that the human finds equal do not count.
     correlation: Pearson's r between the two scores; NaN for your own data, for rankings tell order, not points.
@@ -1161,9 +1165,9 @@ def reward_model_quality(score_fn, sft, data: Data, cfg: Config) -> dict[str, fl
     both = torch.tensor([list(chain(*human)), list(chain(*scores))])                                    # [2,replies]
     r = math.nan if data.held_out else torch.corrcoef(both)[0, 1].item()
     if pairs:
-        say(f"judge on new prompts: {accuracy:.1%} of pairs ranked as by humans" + f", correlation {r:.2f}" * (r == r))
+        say(f"reward on new prompts: {accuracy:.1%} of pairs as the human ranks" + f", correlation {r:.2f}" * (r == r))
     if r < 0.7:
-        say("warning: correlation below 0.7: PPO will learn what this judge likes, not what the human likes (P1)")
+        say("warning: correlation below 0.7: PPO will learn what this reward likes, not what the human likes (P1)")
     return {"accuracy": accuracy, "correlation": r}
 
 
@@ -1209,9 +1213,10 @@ def show_report(report: dict, tables: dict[str, list], prompts: list[str]):
     for name in tables:
         say(f"{name:10}" + "".join(f"{report[name][column]:10.2f}" for column in columns))
     j_star, size, fraction = report["optimum"].values()
-    say(f"\nTHE OPTIMUM: the best objective that any policy can have is J* = {j_star:.3f}" + (
-        f"; of the way there from SFT, PPO went {fraction:.1%}" if fraction == fraction else " or more (few samples)")
-        + f"\n(estimated from {size:.0f} effective samples per prompt)")
+    if j_star == j_star:  # else --kl_coef 0: the best policy would say its one best reply, wherever that is
+        say(f"\nTHE OPTIMUM: the best objective that any policy can have is J* = {j_star:.3f}" + (
+            f"; of the way there from SFT, PPO went {fraction:.1%}" if fraction == fraction else " or more")
+            + f"\n(estimated from {size:.0f} effective samples per prompt)")
     for i in range(len(prompts))[2::5]:
         say(f"\n  user        {shown(prompts[i])}")
         for name, table in tables.items():
