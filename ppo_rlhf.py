@@ -295,7 +295,8 @@ def human_score(prompts: list[str], replies: list[str], finished: list[bool]) ->
 
 
 # ---- Your own data ---------------------------------------------------------------------------------------------------
-REPLIES = {"prompts": lambda line: [""], "demos": lambda line: [line["completion"]],  # flag -> a line's replies
+# The replies in a line of each file; `[] +` refuses a "ranked" that is no list.
+REPLIES = {"prompts": lambda line: [""], "demos": lambda line: [line["completion"]],
            "preferences": lambda line: [] + line["ranked"] if "ranked" in line else [line["chosen"], line["rejected"]]}
 
 
@@ -323,7 +324,7 @@ def read_jsonl(path: str, flag: str) -> list[list[Row]]:
 
 def cut(text: str, room: int, tokenizer, keep_end: bool = False) -> str:
     """The beginning (or end) of `text` that fits into `room` tokens: whole paragraphs, sentences or words (N2)."""
-    step, text = (-1, text[-40 * room:]) if keep_end else (1, text[:40 * room])  # of megabytes, what may matter
+    step, text = (-1, text[-40 * room:]) if keep_end else (1, text[:40 * room])  # no text has 40 characters per token
     for boundary in (r"\n+", r"[.!?]+\s+|[。！？]+", r"\s+", ""):
         pieces = re.findall(rf".+?(?:{boundary}|\Z)", text, re.DOTALL)[::step]
         fits = bisect(range(len(pieces) + 1), room, key=lambda n: len(tokenizer("".join(pieces[:n][::step])).input_ids))
@@ -333,7 +334,7 @@ def cut(text: str, room: int, tokenizer, keep_end: bool = False) -> str:
 
 def shorten(lines: list[list[Row]], model, cfg: Config) -> list[list[Row]]:
     """Cut what is too long: prompts keep their end, replies their beginning but no EOS, for they would go on (N2)."""
-    short, positions = [], model.positions
+    short, positions = [], getattr(model.lm.config.get_text_config(), "max_position_embeddings", None) or 1 << 20
     check(cfg.max_new_tokens <= positions - 32, f"--max_new_tokens must leave 32 of {positions} tokens to the prompt")
     for rows in lines:
         prompt = cut(rows[0].prompt, positions - cfg.max_new_tokens, model.tokenizer, keep_end=True)
@@ -406,7 +407,7 @@ def chunks(items, size: int):
 # 2  The models
 # ======================================================================================================================
 def encode(model, rows: list[Row]):
-    """Rows -> what every model reads: prompt_ids, prompt_mask [B,P] (padded left), reply_ids, mask [B,T] (right).
+    """Rows -> what every model reads: prompt_ids, prompt_mask [B,P], padded left; reply_ids, mask [B,T], padded right.
 
     Prompt and reply are encoded apart, so that the border between them always falls between two tokens. A finished
     reply ends with EOS; an empty prompt becomes EOS.
@@ -439,7 +440,6 @@ class HeadedModel(nn.Module):
         super().__init__()
         self.lm = lm.eval()  # eval() permanently: dropout would change a token's probability from call to call (N8)
         self.tokenizer, self.cfg = tokenizer, cfg
-        self.positions = getattr(lm.config.get_text_config(), "max_position_embeddings", None) or 1 << 20
         if cfg.gradient_checkpointing:
             lm.activation_checkpointing_enable()
         width = lm.config.get_text_config().hidden_size
@@ -534,6 +534,7 @@ def base_model(own: dict[str, list[list[Row]]], cfg: Config) -> ActorCritic:
     rows = sum(sum(own.values(), []), [])
     if not (own["demos"] or own["preferences"]):
         rows += write_texts(random.Random(0), split(WORLD_PROMPTS)["train"], PRETRAIN_MIX)
+    # A text of megabytes will be cut, but its room is counted in tokens, which are only learned here.
     tokenizer = train_tokenizer([text for row in rows for text in (row.prompt[-10_000:], row.reply[:10_000])])
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     return ActorCritic(GPT2LMHeadModel(GPT2Config(
@@ -740,7 +741,7 @@ def normalize(model, rows: list[Row]):
     scores, last = torch.tensor(rate(model.score, rows)), model.head[-1]
     last.bias.data -= scores.mean().item()
     for parameter in last.parameters():
-        parameter.data /= max(scores.std().item(), 1e-6)  # a judge that finds all replies equal must not divide by 0
+        parameter.data /= max(scores.std().item(), 1e-6)  # the floor: all replies may score the same
 
 
 def train_reward_model(sft, data: Data, cfg: Config) -> RewardModel:
@@ -1049,6 +1050,9 @@ def adapt_kl_coef(kl_coef: float, kl: float, target: float) -> float:
     return kl_coef * (1 + 0.1 * min(max(kl / target - 1, -0.2), 0.2))
 
 
+# ======================================================================================================================
+# 6  The loop
+# ======================================================================================================================
 def describe(rollouts: list[Rollout], kl_coef: float) -> list[dict]:
     """What there is to say of each reply, from all processes: reply (the text), the human's verdicts (see `judge`),
     reward, kl, objective = reward - beta * kl, reply_length in tokens, finished.
@@ -1061,9 +1065,6 @@ def describe(rollouts: list[Rollout], kl_coef: float) -> list[dict]:
                     "reply_length": length, "finished": row.finished} for row, score, kl, length in chain(*numbers)])
 
 
-# ======================================================================================================================
-# 6  The loop
-# ======================================================================================================================
 # The main columns of metrics.csv, and what they do in a healthy run:
 #   reward, objective    rise quickly, then flatten; objective = reward - beta * kl is what PPO maximises
 #   human                follows the reward. If it falls while the reward rises, the reward model is being fooled (P1)

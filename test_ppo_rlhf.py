@@ -25,9 +25,11 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2F
 
 import ppo_rlhf as ppo
 
+HERE = Path(__file__).parent
 slow = pytest.mark.skipif("SLOW" not in os.environ, reason="more of the same; run all: SLOW=1 pytest")
 torch.set_num_threads(1)  # the models are so small that threads would only wait for each other
 NAN = float("nan")
+NOTHING = {"prompts": [], "demos": [], "preferences": []}  # no data of one's own
 TINY = ("--n_layer 1 --n_embd 32 --n_head 2 --pretrain_steps 6 --sft_steps 6 --rm_steps 6 --rankings 12 --cycles 3 "
         "--batch_size 8 --max_new_tokens 12 --eval_every 2 --optimum_samples 8").split()
 
@@ -87,8 +89,7 @@ def world():
     """A tokenizer, an SFT-like actor and a reward model, all untrained, and a few prompts."""
     cfg = small_config()
     prompts = ppo.split(ppo.WORLD_PROMPTS)["train"][:8]
-    nothing = {"prompts": [], "demos": [], "preferences": []}
-    actor = ppo.base_model(nothing, cfg)
+    actor = ppo.base_model(NOTHING, cfg)
     reward_model = ppo.RewardModel(copy.deepcopy(actor.lm), actor.tokenizer, cfg)
     torch.nn.init.normal_(reward_model.head[-1].weight)
     return actor.tokenizer, actor, reward_model, prompts
@@ -640,8 +641,12 @@ def test_human_reward_needs_no_reward_model(run, tmp_path):
 
 
 # ---- Your own data ---------------------------------------------------------------------------------------------------
+def jsonl(*lines):
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
 def write_jsonl(path, lines):
-    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    path.write_text(jsonl(*lines), encoding="utf-8")
     return str(path)
 
 
@@ -910,7 +915,7 @@ def test_two_processes_compute_what_one_computes(world, rollout, tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
     results = {}
     for processes in (1, 2):
-        done = launch(processes, tmp_path / "worker.py", Path(__file__).parent, tmp_path,
+        done = launch(processes, tmp_path / "worker.py", HERE, tmp_path,
                       tmp_path / f"out{processes}")
         assert done.returncode == 0, done.stderr[-2000:]
         results[processes] = [torch.load(tmp_path / f"out{processes}-{rank}.pt") for rank in range(processes)]
@@ -926,7 +931,7 @@ def test_two_processes_compute_what_one_computes(world, rollout, tmp_path):
 
 
 def test_a_run_with_two_processes_writes_one_folder_and_speaks_once(tmp_path):
-    script = Path(__file__).with_name("ppo_rlhf.py")
+    script = HERE / "ppo_rlhf.py"
     done = launch(2, script, *TINY, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("RESULT on") == 1 and len(read_metrics(tmp_path / "run")) == 3
@@ -1047,7 +1052,7 @@ def test_a_full_disk_is_one_line_and_the_last_save_stays(run, tmp_path, monkeypa
 
 
 def test_ctrl_c_on_the_command_line_exits_with_130_and_the_command_to_go_on(run, tmp_path):
-    script, out = Path(__file__).with_name("ppo_rlhf.py"), tmp_path / "run"
+    script, out = HERE / "ppo_rlhf.py", tmp_path / "run"
     process = subprocess.Popen([sys.executable, script, *TINY, "--cycles", "1000", "--init_from", run, "--out", out],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not (out / "metrics.csv").exists() and process.poll() is None:
@@ -1058,7 +1063,6 @@ def test_ctrl_c_on_the_command_line_exits_with_130_and_the_command_to_go_on(run,
     assert len(read_metrics(out)) == torch.load(out / "state.pt", weights_only=True)["step"] > 0
 
 
-NOTHING = {"prompts": [], "demos": [], "preferences": []}
 HELD_OUT = {*ppo.split(ppo.WORLD_PROMPTS)["validation"], *ppo.split(ppo.WORLD_PROMPTS)["test"]}
 
 
@@ -1324,10 +1328,6 @@ def test_win_rate_compares_replies_to_the_same_prompt():
 
 
 # ---- Wrong calls -----------------------------------------------------------------------------------------------------
-def jsonl(*lines):
-    return "".join(json.dumps(line) + "\n" for line in lines)
-
-
 TEN = [{"prompt": f"Question {i}?\n", "completion": "Yes.", "chosen": "Good.", "rejected": "Bad."} for i in range(10)]
 WRONG_FILES = {
     "ten.jsonl": jsonl(*TEN), "nine.jsonl": jsonl(*TEN[:9]), "same.jsonl": jsonl(*[TEN[0]] * 20),
@@ -1451,7 +1451,7 @@ def test_a_wrong_call_says_so_in_one_line_and_writes_nothing(call, wrong, run, t
 @pytest.mark.parametrize("call", ["--gamma 2", "--reward F/rewards.py:fails", *(
     pytest.param(call, marks=slow) for call in ("--cycle 3", "--prompts F/half.jsonl", "--resume F/no_run"))])
 def test_a_wrong_command_exits_with_2_and_one_line(call, wrong, run, tmp_path):
-    script, flags = Path(__file__).with_name("ppo_rlhf.py"), flags_of_call(call, wrong, run, tmp_path)
+    script, flags = HERE / "ppo_rlhf.py", flags_of_call(call, wrong, run, tmp_path)
     done = subprocess.run([sys.executable, script, *flags], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "" and not list(tmp_path.iterdir())
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and call.split()[0] in done.stderr
@@ -1503,15 +1503,12 @@ ppo.leave_processes()
 
 def test_all_processes_begin_with_the_same_weights(tmp_path):
     (tmp_path / "fresh.py").write_text(FRESH_MODELS)
-    done = launch(2, tmp_path / "fresh.py", Path(__file__).parent, tmp_path)
+    done = launch(2, tmp_path / "fresh.py", HERE, tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert all(map(torch.equal, *(torch.load(tmp_path / f"{rank}.pt") for rank in range(2))))
 
 
 # ---- Notes -----------------------------------------------------------------------------------------------------------
-HERE = Path(__file__).parent
-
-
 @pytest.mark.parametrize("path", [HERE / "README.md", *sorted(HERE.glob("notes/**/*.md"))], ids=str)
 def test_the_texts_name_only_tests_functions_and_flags_that_exist(path):
     spans = re.findall(r"`([^`\n]+)`", path.read_text(encoding="utf-8"))
