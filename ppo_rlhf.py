@@ -41,7 +41,7 @@ import time
 from bisect import bisect
 from collections import namedtuple
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from inspect import signature
 from itertools import chain, combinations
 from pathlib import Path
@@ -65,10 +65,10 @@ from transformers.utils import logging
 class Config:
     """One field, one flag: `lr` is set by --lr.
 
-    The defaults of PPO were chosen by the fraction of the optimum reached on held-out prompts (section 7). Two differ
-    from what is usual, lam = 1 instead of 0.95 and advantages not whitened: here the simpler choice was as good as the
-    usual one (notes/guide.md has the figures). kl_coef counts in standard deviations of SFT's reward; compare it with
-    the betas of other papers with care.
+    The defaults were chosen by the fraction of the optimum reached on several seeds (section 7); notes/experiments.md
+    turns each knob of PPO alone. They are the usual ones, but for advantages that are not whitened and the critic's own
+    head (see ActorCritic). kl_coef counts in standard deviations of SFT's reward; compare it with the betas of other
+    papers with care.
     """
 
     # The run
@@ -81,6 +81,7 @@ class Config:
     save_every: int = HfArg(default=10, help="Save for --resume after so many cycles, or 50 times as many updates.")
     resume: str = HfArg(default="", help="Folder of a run that was stopped: go on where it was last saved.")
     init_from: str = HfArg(default="", help="Folder of an earlier run: its settings and models; repeat only PPO.")
+    talk: str = HfArg(default="", help="Folder of a finished run: type a line, see what each of its models replies.")
     # Data and models. What is not given comes from the built-in world
     prompts: str = HfArg(default="", help='JSONL, a line like {"prompt": ...}: what PPO practises on.')
     demos: str = HfArg(default="", help='JSONL, {"prompt": ..., "completion": ...}: what SFT imitates. (L2)')
@@ -113,7 +114,7 @@ class Config:
     whiten_rewards: bool = HfArg(default=False, help="Token rewards to variance 1, mean kept; beta's unit shifts. (N7)")
     # PPO: the advantage
     gamma: float = HfArg(default=1.0, help="Discount, 0.9 to 1. Below 1, early tokens care less about the score. (S4)")
-    lam: float = HfArg(default=1.0, help="GAE's lambda, 0 to 1: 0 trusts the critic, 1 only real rewards. (S5, T2)")
+    lam: float = HfArg(default=0.95, help="GAE's lambda, 0 to 1: 0 trusts the critic, 1 only real rewards. (S5, T2)")
     whiten_advantages: bool = HfArg(default=False, help="Advantages to mean 0, variance 1. Late on, mostly noise. (N7)")
     # PPO: the losses
     clip_eps: float = HfArg(default=0.2, help="epsilon, 0.1 to 0.3: leash of a token's probability per cycle. (S6, P3)")
@@ -163,18 +164,19 @@ def parse_config(argv=None) -> Config:
     """Command line -> Config. Raises UserError for an unknown flag or a value that cannot work."""
     parser = HfArgumentParser(Config, usage="python ppo_rlhf.py [--FLAG VALUE ...]", allow_abbrev=False)
     parser.error = lambda message: check(False, f"{message} (see --help)")
-    if parser.parse_known_args(argv)[0].model != "tiny":
+    given = parser.parse_known_args(argv)[0]
+    flag = next((flag for flag in ("resume", "talk", "init_from") if getattr(given, flag)), None)
+    if flag:
+        run = getattr(given, flag)
+        with explain(f"--{flag} {run} is not the folder of a run", OSError, ValueError, TypeError):
+            saved = asdict(Config(**json.loads((Path(run) / "config.json").read_text())))
+            parser.set_defaults(**(saved := saved | {"out": given.resume, flag: run}))
+            parser.parse_args([])  # its values must be such as the command line could have given
+    elif given.model != "tiny":
         parser.set_defaults(**REAL_MODEL)
     cfg = Config(**vars(parser.parse_args(argv)))
-    flag = "resume" if cfg.resume else "init_from"
-    if run := getattr(cfg, flag):
-        with explain(f"--{flag} {run} is not the folder of a run", OSError, ValueError, TypeError):
-            saved = json.loads((Path(run) / "config.json").read_text())
-            saved = asdict(Config()) | saved | {"out": cfg.resume, flag: run}
-            parser.set_defaults(**saved)
-            cfg = Config(**vars(parser.parse_args(argv)))
-        for name in saved if cfg.resume else KEPT:
-            check(getattr(cfg, name) == saved[name], f"--{name} is {saved[name]} in {run}; with --{flag}, leave it out")
+    for name in (saved if given.resume else KEPT) if flag else ():
+        check(getattr(cfg, name) == saved[name], f"--{name} is {saved[name]} in {run}; with --{flag}, leave it out")
     for name, value in vars(cfg).items():
         low, high = RANGES.get(name, (sys.float_info.min, sys.float_info.max))
         wanted = "above 0" if name not in RANGES else "0 or more" if high > 1 else f"{low} to {high}"
@@ -341,7 +343,7 @@ def shorten(lines: list[list[Row]], model, cfg: Config) -> list[list[Row]]:
         replies = [cut(row.reply, cfg.max_new_tokens - 1, model.tokenizer) for row in rows]
         short.append([Row(prompt, reply, reply == row.reply) for reply, row in zip(replies, rows)])
     cuts = sum([row[:2] for row in old] != [row[:2] for row in new] for old, new in zip(lines, short))
-    if lines:
+    if cuts:
         say(f"{cuts} of {len(lines)} lines cut to fit --max_new_tokens {cfg.max_new_tokens} and {positions} positions")
     return [rows for rows in short if len(set(rows)) == len(rows)]
 
@@ -468,7 +470,7 @@ class ActorCritic(HeadedModel):
 
     The critic looks at the last layer through a small network, and its gradient stops there (`detach`). Usual is a
     single linear layer, whose loss reaches into the shared layers; then the value loss keeps rewriting the features
-    that the policy stands on. notes/guide.md has the comparison.
+    that the policy stands on. notes/experiments.md has the comparison.
     """
 
     def forward(self, prompt_ids, prompt_mask, reply_ids, reply_mask):
@@ -1109,7 +1111,8 @@ def train_ppo(actor, reference, score_fn, prompts: dict[str, list[str]], cfg: Co
                        **means(describe([rollout], kl_coef)), "validation": math.nan}
         schedule.step()
         if (cycle + 1) % cfg.eval_every == 0 or cycle + 1 == cfg.cycles:
-            table = evaluate(actor, reference, score_fn, prompts["validation"], 8, cfg, kl_coef)
+            stage_rng(cfg, "validation")  # the same random numbers every time: what differs is the policy
+            table = evaluate(actor, reference, score_fn, prompts["validation"], 16, cfg, kl_coef)
             metrics["validation"] = means(table)["objective"]
             # Objectives under different betas cannot be compared: while beta adapts, the latest policy is kept.
             if cfg.kl_target is not None or not any(row["validation"] >= metrics["validation"] for row in log):
@@ -1140,6 +1143,7 @@ def write_metrics(log: list[dict], cfg: Config):
 # ======================================================================================================================
 def evaluate(actor, reference, score_fn, prompts: list[str], N: int, cfg: Config, kl_coef: float) -> list[dict]:
     """Phase I without Phase II: N replies to each of the first 20 prompts (see `describe`), N after N."""
+    cfg = replace(cfg, whiten_rewards=False, whiten_advantages=False)  # means over all processes, each with other parts
     asked = share([prompt for prompt in prompts[:20] for _ in range(N)])
     return describe([collect_rollout(actor, reference, score_fn, part, cfg, kl_coef)
                      for part in chunks(asked, 4 * cfg.micro_batch_size)], kl_coef)
@@ -1329,6 +1333,20 @@ def load_reward(cfg: Config):
     return score
 
 
+def talk(cfg: Config):
+    """--talk RUN: for every line typed (or piped), a reply of each of that run's models, with its score and KL."""
+    run = Path(cfg.talk)
+    models = {name: load_model(ActorCritic, run / name, cfg) for name in ("pretrain", "sft", "policy")}
+    score_fn = load_reward(cfg) if cfg.reward != "model" else load_model(RewardModel, run / "reward_model", cfg).score
+    say('Type a line, such as "I feel sad. What can I do?"; an end of file (Ctrl-D) ends.')
+    stage_rng(cfg, "talk")
+    for line in sys.stdin:
+        prompt = shorten([[Row(line.rstrip("\n") + "\n", "", True)]], models["sft"], cfg)[0][0].prompt
+        for name, model in models.items():
+            reply = describe([collect_rollout(model, models["sft"], score_fn, [prompt], cfg)], cfg.kl_coef)[0]
+            say(f"  {name:10}score {reply['reward']:6.2f}  KL {reply['kl']:6.2f}  {shown(reply['reply'])}")
+
+
 def join_processes(cfg: Config):
     """Under torchrun, find the other processes; each takes a GPU of its own (R1)."""
     if WORLD > 1:
@@ -1351,6 +1369,8 @@ def main(argv=None):
     logging.get_logger("huggingface_hub").setLevel("ERROR")  # its retries without a network would be 8 lines of noise
     start, seconds, cfg = time.perf_counter(), {}, parse_config(argv)
     join_processes(cfg)
+    if cfg.talk:
+        return talk(cfg)
     score_fn = load_reward(cfg) if cfg.reward != "model" else None
     own = {flag: read_jsonl(path, flag) if (path := getattr(cfg, flag)) else [] for flag in REPLIES}
     base = base_model(own, cfg)

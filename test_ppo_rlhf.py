@@ -1,6 +1,7 @@
 """What ppo_rlhf.py promises, one test per promise. Run: pytest"""
 import copy
 import csv
+import io
 import itertools
 import json
 import math
@@ -1292,6 +1293,24 @@ def test_evaluation_gives_n_replies_to_each_prompt_one_prompt_after_the_other(wo
     assert [line["reward"] for line in table] == [float(i // 3) for i in range(24)]
 
 
+def test_whitening_does_not_reach_into_the_evaluation(world, monkeypatch):
+    tokenizer, actor, _, prompts = world  # the processes evaluate different numbers of parts: a common mean would hang
+    monkeypatch.setattr(ppo, "whiten", lambda *args, **options: pytest.fail("whitened"))
+    cfg = small_config("--whiten_rewards", "true", "--whiten_advantages", "true")
+    assert len(ppo.evaluate(actor, ppo.frozen(actor), ppo.human_score, prompts, 3, cfg, 0.1)) == 24
+
+
+def test_talk_shows_a_reply_of_each_model_to_every_line_of_a_pipe(run, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("I feel sad. What can I do?\nhello " + 99 * "you " + "\n\nthe end"))
+    before = snapshot(run)
+    ppo.main(["--talk", str(run)])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert [line[0] for line in lines] == ["pretrain", "sft", "policy"] * 4 and snapshot(run) == before
+    assert all(line[1::2][:2] == ["score", "KL"] and math.isfinite(float(line[2])) for line in lines)
+    kl = [float(line[4]) for line in lines]
+    assert kl[1::3] == [0.0] * 4 and all(x != 0 for x in kl[0::3])
+
+
 def test_a_judge_is_measured_by_pairs_that_the_human_finds_different(world, monkeypatch):
     tokenizer, actor, _, prompts = world
     rows = [ppo.Row(prompts[0], reply, True) for reply in ("best", "good", "bad")]
@@ -1392,7 +1411,7 @@ WRONG_CALLS = """
 --resume R --out F/new | --resume R --lam 0.5 | --init_from F/nothing | --init_from F/no_run | --init_from F/ten.jsonl
 --init_from F/no_sft | --init_from F/empty_sft | --init_from R --n_layer 3 | --init_from R --n_layer 2
 --init_from R --n_embd 64 | --init_from R --n_head 1 | --init_from R --sft_steps 7 | --init_from R --demos F/ten.jsonl
---init_from R --model F/half_model
+--init_from R --model F/half_model | --talk F/nothing | --talk F/no_run | --talk F/ten.jsonl | --talk R --n_layer 3
 
 --prompts F/nothing.jsonl | --prompts F/no_run | --prompts F/empty.jsonl | --prompts F/blank.jsonl
 --prompts F/text.jsonl | --prompts F/half.jsonl | --prompts F/list.jsonl | --prompts F/number.jsonl

@@ -303,7 +303,7 @@ BUGS = [
      "k=cfg.batch_size)"),
     ("loop: schedule not stepped", "        schedule.step()\n        if (cycle", "        if (cycle"),
     ("loop: beta adapts from the start value", 'adapt_kl_coef(log[-1]["kl_coef"],', "adapt_kl_coef(cfg.kl_coef,"),
-    ("loop: validation on training prompts", 'score_fn, prompts["validation"], 8', 'score_fn, prompts["train"], 8'),
+    ("loop: validation on training prompts", 'score_fn, prompts["validation"], 16', 'score_fn, prompts["train"], 16'),
     ("loop: keeps the worst policy",
      'row["validation"] >= metrics["validation"]', 'row["validation"] <= metrics["validation"]'),
     ("loop: keeps the last policy", "    actor.load_state_dict(best.state_dict())\n", ""),
