@@ -125,7 +125,7 @@ class Config:
     temperature: float = HfArg(default=0.7, help="Of sampling and log-probs, 0.7 to 1. Low: no exploration. (L5)")
     max_new_tokens: int = HfArg(default=32, help="Longest reply in tokens. Too short: replies end unfinished. (N3)")
     eval_every: int = HfArg(default=10, help="Validate after so many cycles, and keep the best policy. (L6)")
-    optimum_samples: int = HfArg(default=400, help="Replies per test prompt for J*; up to 64 for the rest.")
+    optimum_samples: int = HfArg(default=400, help="Replies per test prompt for J*; up to 128 for the rest.")
 
 
 class UserError(Exception):
@@ -154,8 +154,9 @@ RANGES = {"gamma": (0, 1), "lam": (0, 1)} | dict.fromkeys(
     (0, sys.float_info.max))
 # Defaults that differ with --model: it is pretrained already, and a large model wants smaller steps (P3).
 REAL_MODEL = {"pretrain_steps": 0, "sft_lr": 5e-5, "rm_lr": 1e-5, "lr": 1e-5}
-# What --init_from cannot change any more.
-KEPT = "model n_layer n_embd n_head pretrain_steps sft_steps sft_lr demos".split()
+# What --init_from cannot change any more, by the model it has gone into.
+KEPT = {"sft": "model n_layer n_embd n_head pretrain_steps sft_steps sft_lr demos".split(),
+        "reward_model": "preferences rankings label_noise rm_steps rm_lr".split()}
 # The process that this is, and how many there are: one, unless torchrun says otherwise (R1).
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
@@ -165,17 +166,18 @@ def parse_config(argv=None) -> Config:
     parser = HfArgumentParser(Config, usage="python ppo_rlhf.py [--FLAG VALUE ...]", allow_abbrev=False)
     parser.error = lambda message: check(False, f"{message} (see --help)")
     given = parser.parse_known_args(argv)[0]
-    flag = next((flag for flag in ("resume", "talk", "init_from") if getattr(given, flag)), None)
+    flag, kept = next((flag for flag in ("resume", "talk", "init_from") if getattr(given, flag)), None), []
     if flag:
         run = getattr(given, flag)
         with explain(f"--{flag} {run} is not the folder of a run", OSError, ValueError, TypeError):
             saved = asdict(Config(**json.loads((Path(run) / "config.json").read_text())))
             parser.set_defaults(**(saved := saved | {"out": given.resume, flag: run}))
             parser.parse_args([])  # its values must be such as the command line could have given
+        kept = saved if given.resume else chain(*(KEPT[folder] for folder in KEPT if Path(run, folder).is_dir()))
     elif given.model != "tiny":
         parser.set_defaults(**REAL_MODEL)
     cfg = Config(**vars(parser.parse_args(argv)))
-    for name in (saved if given.resume else KEPT) if flag else ():
+    for name in kept:
         check(getattr(cfg, name) == saved[name], f"--{name} is {saved[name]} in {run}; with --{flag}, leave it out")
     for name, value in vars(cfg).items():
         low, high = RANGES.get(name, (sys.float_info.min, sys.float_info.max))
@@ -196,7 +198,7 @@ def parse_config(argv=None) -> Config:
 
 
 # ======================================================================================================================
-# 1  The task: a small world that tells article D's story. A user says something; the assistant replies in one to three
+# 1  The task: a small world that tells article D's story. A user says something; the assistant replies in one or two
 #    short sentences; a simulated human likes replies that are helpful, warm, honest and harmless (D, L7).
 # ======================================================================================================================
 Row = namedtuple("Row", "prompt reply finished")  # one reply to one prompt; does it end with EOS, or was it cut off?
@@ -249,7 +251,7 @@ def sentences(prompt: str) -> dict[str, list[str]]:
 #   mechanical  "To feel less sad, you can do sports or sleep."        correct, and lifeless: what D shows of SFT
 #   off_topic   "A spider has eight legs."
 #   dismissive  "Nobody cares."
-KINDS = {"best": ("opener step", "opener step closer"), "warm": ("opener closer",), "mechanical": ("list",),
+KINDS = {"best": ("opener step",), "warm": ("opener closer",), "mechanical": ("list",),
          "practical": ("step", "step closer"), "off_topic": ("off_topic",), "dismissive": ("dismissive",)}
 # And how often each occurs in the two text collections. SFT's are mostly mechanical (D), but the best kind must stay
 # reachable: PPO can only reinforce what is sampled, and a reply that SFT never gives has no gradient.
@@ -1394,7 +1396,7 @@ def main(argv=None):
     save_model(policy, Path(cfg.out) / "policy")
 
     stage_rng(cfg, "report")
-    test, N = data.prompts["test"][:20], min(64, cfg.optimum_samples)
+    test, N = data.prompts["test"][:20], min(128, cfg.optimum_samples)
     tables = {name: evaluate(model, reference, score_fn, test, N, cfg, kl_coef)
               for name, model in (("pretrained", pretrained), ("sft", reference), ("ppo", policy))}
     groups = sample_groups(reference, test, cfg.optimum_samples, cfg)

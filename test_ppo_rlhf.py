@@ -8,11 +8,14 @@ import math
 import os
 import random
 import re
+import runpy
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
 
@@ -1411,7 +1414,7 @@ WRONG_CALLS = """
 --resume R --out F/new | --resume R --lam 0.5 | --init_from F/nothing | --init_from F/no_run | --init_from F/ten.jsonl
 --init_from F/no_sft | --init_from F/empty_sft | --init_from R --n_layer 3 | --init_from R --n_layer 2
 --init_from R --n_embd 64 | --init_from R --n_head 1 | --init_from R --sft_steps 7 | --init_from R --demos F/ten.jsonl
---init_from R --model F/half_model | --talk F/nothing | --talk F/no_run | --talk F/ten.jsonl | --talk R --n_layer 3
+--init_from R --model F/half_model | --init_from R --rankings 13 | --init_from R --rm_steps 7 | --talk F/nothing | --talk F/no_run | --talk F/ten.jsonl | --talk R --n_layer 3
 
 --prompts F/nothing.jsonl | --prompts F/no_run | --prompts F/empty.jsonl | --prompts F/blank.jsonl
 --prompts F/text.jsonl | --prompts F/half.jsonl | --prompts F/list.jsonl | --prompts F/number.jsonl
@@ -1540,6 +1543,121 @@ def test_the_texts_name_only_tests_functions_and_flags_that_exist(path):
     if path.name in ("README.md", "guide.md"):  # the errata quote other people's code
         words = set(re.findall(r"\w+", "".join(file.read_text(encoding="utf-8") for file in HERE.glob("*.py"))))
         assert {span for span in spans if re.match(r"[a-z_]+$", span)} <= words
+
+
+GUIDES = HERE / "notes/guide.md", HERE / "notes/guide.zh.md"
+IDS = ("S1 S2 S3 S4 S5 S6 L1 L2 L3 L4 L5 L6 L7 L8 L9 T1 T2 T3 T4 T5 T6 T7 T8 T9 N1 N2 N3 N4 N5 N6 N7 N8 N9 N10 "
+       "P1 P2 P3 R1 R2 R3 R4").split()
+FILES = {"ppo_rlhf.py", "my_gradient.py", "metrics.csv", "report.json"}
+# Columns of the output, and words of the code, that the guides name: neither a function nor a setting.
+COLUMNS = set("A_t KL actor all_reduce approx_kl clamp clip_fraction delta_t effective_sample_size finished human "
+              "is_last first_log_ratio kl loss objective peak_memory_gb ppo pretrained r_t reference reply_length "
+              "return rho_after rho_before score sft token validation".split())
+
+
+def blocks(text, language):
+    """The code blocks of a Markdown text that are marked with this language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def prose(text):
+    """A Markdown text without its code blocks."""
+    return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def rows_under(header, text):
+    """The rows of the table whose first column has this header, as lists of cells."""
+    table = re.search(rf"^\| {header} \|.*\n\|[-|]+\|\n((\|.*\n)+)", text, re.MULTILINE)[1]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def walkthrough():
+    """What notes/walkthrough.py prints, and the processor seconds that it took."""
+    before = os.times()
+    result = subprocess.run([sys.executable, "notes/walkthrough.py"], cwd=HERE, capture_output=True, encoding="utf-8",
+                            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}, timeout=300)
+    after = os.times()
+    assert result.returncode == 0, result.stderr
+    return result.stdout, sum(after[2:4]) - sum(before[2:4])
+
+
+def test_the_walkthrough_takes_less_than_ten_seconds_and_gives_the_articles_numbers(walkthrough):
+    output, seconds = walkthrough
+    assert seconds < 10
+    for column in ("-0.84 0.88 1.96 3.48", "1.67 1.10 1.52 0.42", "2.6525 1.9650 1.7300 0.4200",  # E
+                   "0.34 1.23", "1.17045 0.20480"):                                               # B
+        lines = iter(output.splitlines())
+        assert all(any(number in line.split() for line in lines) for number in column.split()), column  # in this order
+    assert "5.0% -> 6.0% -> 7.2% -> 8.6%\n" in output and "5.0% -> 6.0% -> 6.0% -> 6.0%\n" in output   # D
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.name)
+def test_the_guide_shows_all_that_the_walkthrough_prints(guide, walkthrough):
+    text = guide.read_text(encoding="utf-8")
+    shown = "\n".join(blocks(text, "text"))
+    assert [line for line in shown.splitlines() if line] == [line for line in walkthrough[0].splitlines() if line]
+    assert all(number in prose(text) and number in shown for number in ("3.87", "-0.13", "-1.24", "0.315", "5.99%"))
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.name)
+def test_the_guide_covers_every_id_of_the_articles_once(guide):
+    rows = rows_under("(?:id|编号)", guide.read_text(encoding="utf-8"))
+    assert [row[0] for row in rows] == IDS
+    for name, _, where, proof in rows:
+        assert "`" in where and re.search(r"`test_\w+`|\d", proof), name  # a place, and a test, part or experiment
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.name)
+def test_every_name_in_the_guide_exists_in_the_script(guide):
+    source, tests = ((HERE / name).read_text(encoding="utf-8") for name in ("ppo_rlhf.py", "test_ppo_rlhf.py"))
+    spans = re.findall(r"`([^`\n]+)`", prose(guide.read_text(encoding="utf-8")))
+    names = {span for span in spans if re.fullmatch(r"[A-Za-z_]\w*(\.[a-z_]\w*)?", span)}
+    defined = {*vars(ppo), *ppo.Config.__dataclass_fields__, *ppo.Rollout.__dataclass_fields__}
+    for name in names - FILES:
+        owner, _, attribute = name.partition(".")
+        if name.startswith(("test_", "n_step_")):
+            assert f"def {name}(" in tests, name
+        else:
+            assert owner in defined or (name in COLUMNS and re.search(rf"\b{name}\b", source)), name
+            assert not attribute or hasattr(getattr(ppo, owner), attribute), name
+    for function in ("pretrain finetune train_reward_model ranking_loss generate token_rewards td_residuals gae whiten "
+                     "collect_rollout policy_loss value_loss entropy update_policy train_ppo optimum frozen").split():
+        assert function in names and callable(getattr(ppo, function)), function
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.name)
+def test_every_command_in_the_guide_is_one(guide, tmp_path, monkeypatch):
+    text = guide.read_text(encoding="utf-8")
+    commands = re.findall(r"(?:`|^ +)(python ppo_rlhf\.py [^`\n]+)", text, re.MULTILINE)
+    assert len(commands) > 30
+    (tmp_path / "runs/first/sft").mkdir(parents=True)  # a run to go on from, as far as the command line can tell
+    (tmp_path / "runs/first/sft/heads.safetensors").touch()
+    (tmp_path / "runs/first/config.json").write_text(json.dumps(asdict(ppo.Config())))
+    monkeypatch.chdir(tmp_path)
+    for command in commands:
+        cfg = ppo.parse_config(shlex.split(command)[2:])
+        assert cfg != ppo.Config(init_from=cfg.init_from), f"{command} changes nothing"
+
+
+def test_both_guides_have_the_same_parts_code_commands_and_terms():
+    english, chinese = (guide.read_text(encoding="utf-8") for guide in GUIDES)
+    levels = [re.findall(r"^#+ ", prose(text), re.MULTILINE) for text in (english, chinese)]
+    assert levels[0] == levels[1] and blocks(english, "python")[0] == blocks(chinese, "python")[0]
+    commands = [set(re.findall(r"`(python [^`\n]+)`", text)) for text in (english, chinese)]
+    assert commands[0] == commands[1]
+    terms = [[row[:2] for row in rows_under("中文", text)] for text in (english, chinese)]
+    assert terms[0] == terms[1] and len(terms[0]) >= 40
+
+
+def test_the_code_in_the_guide_runs(tmp_path, monkeypatch):
+    for name in ("gae", "policy_loss"):
+        monkeypatch.setattr(ppo, name, getattr(ppo, name))  # to be put back afterwards
+    file = tmp_path / "variant.py"
+    file.write_text(blocks(GUIDES[0].read_text(encoding="utf-8"), "python")[0], encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", [str(file), *TINY, "--ppo_epochs", "1", "--out", str(tmp_path / "run")])
+    runpy.run_path(str(file), run_name="__main__")
+    assert (tmp_path / "run/report.json").is_file()
 
 
 # ======================================================================================================================

@@ -181,7 +181,7 @@ def phase_one(c):
         else:
             yield what, torch.where(mask, a, 0), b, torch.where(mask, more, 0)
         if (full := mask[:, -1]).any():  # all that were cut off, and the longest: no room for a step behind EOS
-            yield f"{what}, replies up to the last column", a[full], b[full]
+            yield f"{what}, rows without padding", a[full], b[full]
     white = trl_phase_one(*inputs, **c.args | {"whiten_rewards": True}).rewards
     with UNBIASED:
         unbiased = ppo.whiten(longer_rewards, longer, shift_mean=False)
@@ -364,7 +364,7 @@ def small_examples():
     for estimator in "k1", "k3":
         found = errors(execute(KL, args=Names(kl_estimator=estimator), ref_logprobs=log_ref, logprobs=log_pi).kl)
         show(f"KL as reward, {estimator} (ours: k1): error of its mean | of its gradient",
-             *("{:.0e} | {:.0e}".format(*pair) for pair in (found, ours)),
+             *("{:.1e} | {:.1e}".format(*pair) for pair in (found, ours)),
              max(found[0], *ours) < 1e-12 and (found[1] < 1e-12) == (estimator == "k1"))
 
     llama = LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
