@@ -1113,12 +1113,12 @@ def test_every_stage_samples_replies_to_its_own_prompts_only(tmp_path, monkeypat
     ppo.main([*TINY, "--replies_per_prompt", "2", "--out", str(tmp_path / "run")])
     splits = {name: set(prompts) for name, prompts in ppo.split(ppo.WORLD_PROMPTS).items()}
     wanted = {"rankings": "train", "normalization": "train", "reward model quality": "validation", "PPO 0": "train",
-              "report": "test"}
+              "PPO 1": "train", "validation": "validation", "report": "test"}
     for stage, name in wanted.items():
         assert set(seen[stage]) <= splits[name], stage
-    first = seen["PPO 0"]  # no validation in this cycle; the next one has it
-    assert len(first) == 8 and first[::2] == first[1::2] and len(set(first)) > 1
-    assert seen["PPO 1"][:8] != first and set(seen["PPO 1"][8:]) == splits["validation"] and len(seen) == 7
+    first = seen["PPO 0"]
+    assert len(first) == 8 and first[::2] == first[1::2] and len(set(first)) > 1 and seen["PPO 1"] != first
+    assert set(seen["validation"]) == splits["validation"] and now.count("validation") == 2 and len(seen) == 8
 
 
 def test_the_reference_of_a_run_stays_behind_when_the_policy_moves(run):
