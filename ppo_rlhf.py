@@ -162,7 +162,10 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 
 
 def parse_config(argv=None) -> Config:
-    """Command line -> Config. Raises UserError for an unknown flag or a value that cannot work."""
+    """Command line -> Config. Raises UserError for an unknown flag or a value that cannot work.
+
+    A flag's value is the one given, else that of the run which --resume, --talk or --init_from names, else the default.
+    """
     parser = HfArgumentParser(Config, usage="python ppo_rlhf.py [--FLAG VALUE ...]", allow_abbrev=False)
     parser.error = lambda message: check(False, f"{message} (see --help)")
     given = parser.parse_known_args(argv)[0]
@@ -409,6 +412,10 @@ def chunks(items, size: int):
 
 # ======================================================================================================================
 # 2  The models
+#
+#    A causal language model looks back, never ahead. So one pass over prompt and reply gives what the model thought at
+#    every position while it had seen only the tokens up to there ("teacher forcing"): all of a reply's log-probs and
+#    values at the price of one pass. Only sampling has to go token by token, for the next token is not there yet.
 # ======================================================================================================================
 def encode(model, rows: list[Row]):
     """Rows -> what every model reads: prompt_ids, prompt_mask [B,P], padded left; reply_ids, mask [B,T], padded right.
@@ -568,6 +575,9 @@ def masked_mean(x, mask):
 
 # ======================================================================================================================
 # 3  Stages 0 to 2: pretraining, supervised fine-tuning (SFT), reward model (L2)
+#
+#    Each begins with the weights of the one before. Stages 0 and 1 imitate texts; stage 2 learns to order replies. What
+#    PPO takes from here: where it starts and what it must not stray from (SFT), and what it is to want (reward model).
 # ======================================================================================================================
 # ---- Several processes: torchrun --nproc-per-node N ppo_rlhf.py (R1) -------------------------------------------------
 # Every process holds all models and knows all data; each works on its share of a batch, and sums are taken over all.
@@ -1031,7 +1041,7 @@ def update_policy(actor, optimizer, rollout: Rollout, cfg: Config) -> dict[str, 
         log_probs, values, logits = read_replies(actor, [x[rows] for x in rollout.batch], cfg.temperature)
         pg_loss, clip_fraction = policy_loss(log_probs, old_log_probs, rollout.advantages[rows], mask, cfg.clip_eps)
         v_loss = value_loss(values, rollout.returns[rows], mask, rollout.values[rows], cfg.value_clip)
-        mean_entropy = masked_mean(entropy(logits), mask)
+        mean_entropy = masked_mean(entropy(logits if cfg.ent_coef else logits.detach()), mask)  # V is large: saves time
         log_ratio = torch.where(mask, log_probs - old_log_probs, 0).detach()
         return pg_loss + cfg.vf_coef * v_loss - cfg.ent_coef * mean_entropy, mask.sum(), {
             "policy_loss": pg_loss, "value_loss": v_loss, "entropy": mean_entropy, "clip_fraction": clip_fraction,
@@ -1045,7 +1055,10 @@ def update_policy(actor, optimizer, rollout: Rollout, cfg: Config) -> dict[str, 
 
 
 def explained_variance(values, returns, mask) -> float:
-    """1 - Var(G - V) / Var(G) over real tokens: 1 a perfect critic, 0 no better than a constant, below 0 worse."""
+    """1 - Var(G - V) / Var(G) over real tokens: 1 a perfect critic, 0 no better than a constant, below 0 worse.
+
+    values are those of Phase I: what the critic said before it learned from these returns.
+    """
     return 1 - moments(returns - values, mask)[1] / max(moments(returns, mask)[1], 1e-8)
 
 
@@ -1056,6 +1069,11 @@ def adapt_kl_coef(kl_coef: float, kl: float, target: float) -> float:
 
 # ======================================================================================================================
 # 6  The loop
+#
+#    repeat:  draw prompts -> Phase I: sample, score, value -> Phase II: some small updates -> throw the batch away
+#
+#    Nothing of a cycle is used again but the weights, Adam's moments and, if it adapts, beta: PPO is on-policy, and old
+#    replies are replies of another policy (L1).
 # ======================================================================================================================
 def describe(rollouts: list[Rollout], kl_coef: float) -> list[dict]:
     """What there is to say of each reply, from all processes: reply (the text), the human's verdicts (see `judge`),
@@ -1142,6 +1160,10 @@ def write_metrics(log: list[dict], cfg: Config):
 
 # ======================================================================================================================
 # 7  Report: what each stage did to the replies, and how much of the possible PPO reached
+#
+#    All on test prompts, which no stage has seen and no choice was made by. That the reward rises is no proof that PPO
+#    is right: with many a bug it rises too, only a little less. So the report also says what the best policy could have
+#    reached, and how much of that way PPO has gone.
 # ======================================================================================================================
 def evaluate(actor, reference, score_fn, prompts: list[str], N: int, cfg: Config, kl_coef: float) -> list[dict]:
     """Phase I without Phase II: N replies to each of the first 20 prompts (see `describe`), N after N."""
@@ -1373,6 +1395,7 @@ def main(argv=None):
     join_processes(cfg)
     if cfg.talk:
         return talk(cfg)
+    # All that can go wrong with what the user gave goes wrong here, before anything is written or takes long.
     score_fn = load_reward(cfg) if cfg.reward != "model" else None
     own = {flag: read_jsonl(path, flag) if (path := getattr(cfg, flag)) else [] for flag in REPLIES}
     base = base_model(own, cfg)
@@ -1384,6 +1407,7 @@ def main(argv=None):
     how = f"\nstopped; to go on: python {sys.argv[0]} --resume {cfg.out}"
     signal.signal(signal.SIGINT, lambda *args: signal.default_int_handler(*args) if STOP else STOP.append(how))
 
+    # Stages 0 to 2, and PPO on top of them
     pretrained = stage("pretrain", ActorCritic, cfg, seconds, lambda: pretrain(base, data.texts, cfg))
     sft = stage("sft", ActorCritic, cfg, seconds, lambda: finetune(pretrained, data.demos, cfg))
     if cfg.reward == "model":
@@ -1395,6 +1419,7 @@ def main(argv=None):
     kl_coef = log[-1]["kl_coef"] if log else cfg.kl_coef
     save_model(policy, Path(cfg.out) / "policy")
 
+    # The report: three models side by side, and the best that would be possible
     stage_rng(cfg, "report")
     test, N = data.prompts["test"][:20], min(128, cfg.optimum_samples)
     tables = {name: evaluate(model, reference, score_fn, test, N, cfg, kl_coef)
