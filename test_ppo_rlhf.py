@@ -1460,14 +1460,14 @@ def flags_of_call(call, wrong, run, tmp_path):
 
 @pytest.mark.parametrize("call", WRONG_CALLS)
 def test_a_wrong_call_says_so_in_one_line_and_writes_nothing(call, wrong, run, tmp_path, capsys):
-    before, start = snapshot(wrong, run), time.perf_counter()
+    before, start = snapshot(wrong, run), time.process_time()
     with pytest.raises(ppo.UserError) as error:
         ppo.main(flags_of_call(call, wrong, run, tmp_path))
     message, flag = str(error.value), [word for word in call.split() if word.startswith("--")][-1]
     named = call.split(" => ")[1] if " => " in call else flag
     assert named in message and "\n" not in message and len(named) + 10 < len(message) < 1000, message
     assert not list(tmp_path.iterdir()) and snapshot(wrong, run) == before
-    assert "pretraining:" not in capsys.readouterr().out and time.perf_counter() - start < 10
+    assert "pretraining:" not in capsys.readouterr().out and time.process_time() - start < 10
 
 
 @pytest.mark.parametrize("call", ["--gamma 2", "--reward F/rewards.py:fails", *(
@@ -1492,10 +1492,10 @@ def test_a_line_of_ten_megabytes_is_cut_within_seconds(word, tmp_path, monkeypat
     line = {"prompt": text + "?", "completion": text, "chosen": "Good. " + text, "rejected": "Bad. " + text}
     (tmp_path / "long.jsonl").write_text(jsonl(line, *TEN), encoding="utf-8")
     monkeypatch.setattr(ppo, "open_folder", lambda cfg: ppo.check(False, "until here"))
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(ppo.UserError, match="until here"):
         ppo.main([*TINY, "--demos", f"{tmp_path}/long.jsonl", "--preferences", f"{tmp_path}/long.jsonl"])
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_prompts_longer_than_the_model_and_a_byte_order_mark_are_no_mistake(tmp_path):
