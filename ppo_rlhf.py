@@ -93,9 +93,9 @@ class Config:
     n_head: int = HfArg(default=4, help="Attention heads per layer of tiny. GPT-2 has 12.")
     # Stages 0 to 2
     pretrain_steps: int = HfArg(default=250, help="Updates in stage 0 (only tiny has one). Fewer: clumsy English. (L2)")
-    sft_steps: int = HfArg(default=550, help="Updates in stage 1. Fewer: it forgets what it was asked about. (L2)")
+    sft_steps: int = HfArg(default=450, help="Updates in stage 1. Fewer: it forgets what it was asked about. (L2)")
     sft_lr: float = HfArg(default=5e-3, help="Learning rate of stages 0 and 1; with --model, 5e-5. (P3)")
-    rm_steps: int = HfArg(default=700, help="Updates in stage 2. Fewer: a worse model, which PPO then exploits. (P1)")
+    rm_steps: int = HfArg(default=600, help="Updates in stage 2. Fewer: a worse model, which PPO then exploits. (P1)")
     rm_lr: float = HfArg(default=1e-3, help="Learning rate of stage 2; with --model, 1e-5.")
     rankings: int = HfArg(default=2200, help="Rankings of 4 replies by the human. 100: a model to fool. (L3, P1)")
     label_noise: float = HfArg(default=0.3, help="The human's unsureness in points, 0 to 2. More: a worse model. (P1)")
