@@ -976,6 +976,30 @@ def test_a_run_killed_while_saving_and_resumed_ends_as_if_not(run, save, half_wr
     same_results(run, tmp_path / "run")
 
 
+def test_a_resumed_run_remembers_the_best_policy_from_before_the_stop(run, tmp_path, monkeypatch):
+    objectives, evaluate = iter([2.0, 1.0]), ppo.evaluate
+
+    def worse_and_worse(actor, reference, score_fn, prompts, *rest):
+        table = evaluate(actor, reference, score_fn, prompts, *rest)
+        if set(prompts) == set(ppo.split(ppo.WORLD_PROMPTS)["validation"]):
+            table = [line | {"objective": value} for value in [next(objectives)] for line in table]
+            ppo.STOP.append("after the first validation")
+        return table
+
+    monkeypatch.setattr(ppo, "evaluate", worse_and_worse)
+    with pytest.raises(KeyboardInterrupt):
+        ppo.main([*TINY, "--init_from", str(run), "--out", str(tmp_path / "run")])
+    best = torch.load(tmp_path / "run/state.pt", weights_only=True)["actor"]
+    ppo.STOP.clear()
+    with pytest.raises(KeyboardInterrupt):  # after the second validation, that of the last cycle
+        ppo.main(["--resume", str(tmp_path / "run")])
+    ppo.STOP.clear()
+    ppo.main(["--resume", str(tmp_path / "run")])
+    kept = ppo.load_model(ppo.ActorCritic, tmp_path / "run/policy", small_config())
+    assert all(torch.equal(best[name], tensor) for name, tensor in kept.state_dict().items())
+
+
+
 @pytest.mark.parametrize("stage,step", [pytest.param("pretraining", 2, marks=slow), ("reward model", 4), ("PPO", 1)])
 def test_ctrl_c_saves_and_the_resumed_run_ends_like_one_never_stopped(run, stage, step, tmp_path, monkeypatch):
     rng_of = ppo.stage_rng
