@@ -65,7 +65,7 @@ from transformers.utils import logging
 class Config:
     """One field, one flag: `lr` is set by --lr.
 
-    The defaults were chosen by the fraction of the optimum reached on several seeds (section 7); notes/experiments.md
+    The defaults were chosen by the fraction of the optimum reached on several seeds (section 7); notes/experiments.py
     turns each knob of PPO alone. They are the usual ones, but for advantages that are not whitened and the critic's own
     head (see ActorCritic). kl_coef counts in standard deviations of SFT's reward; compare it with the betas of other
     papers with care.
@@ -479,7 +479,7 @@ class ActorCritic(HeadedModel):
 
     The critic looks at the last layer through a small network, and its gradient stops there (`detach`). Usual is a
     single linear layer, whose loss reaches into the shared layers; then the value loss keeps rewriting the features
-    that the policy stands on. notes/experiments.md has the comparison.
+    that the policy stands on. notes/experiments.py compares them.
     """
 
     def forward(self, prompt_ids, prompt_mask, reply_ids, reply_mask):
