@@ -1438,7 +1438,8 @@ WRONG_CALLS = """
 --resume R --out F/new | --resume R --lam 0.5 | --init_from F/nothing | --init_from F/no_run | --init_from F/ten.jsonl
 --init_from F/no_sft | --init_from F/empty_sft | --init_from R --n_layer 3 | --init_from R --n_layer 2
 --init_from R --n_embd 64 | --init_from R --n_head 1 | --init_from R --sft_steps 7 | --init_from R --demos F/ten.jsonl
---init_from R --model F/half_model | --init_from R --rankings 13 | --init_from R --rm_steps 7 | --talk F/nothing | --talk F/no_run | --talk F/ten.jsonl | --talk R --n_layer 3
+--init_from R --model F/half_model | --init_from R --rankings 13 | --init_from R --rm_steps 7 | --talk F/nothing
+--talk F/no_run | --talk F/ten.jsonl | --talk R --n_layer 3
 
 --prompts F/nothing.jsonl | --prompts F/no_run | --prompts F/empty.jsonl | --prompts F/blank.jsonl
 --prompts F/text.jsonl | --prompts F/half.jsonl | --prompts F/list.jsonl | --prompts F/number.jsonl
@@ -1682,6 +1683,40 @@ def test_the_code_in_the_guide_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [str(file), *TINY, "--ppo_epochs", "1", "--out", str(tmp_path / "run")])
     runpy.run_path(str(file), run_name="__main__")
     assert (tmp_path / "run/report.json").is_file()
+
+
+def test_every_command_of_the_questions_parses(run):
+    text, exercises = (HERE / "notes/faq.md").read_text(encoding="utf-8"), runpy.run_path(str(HERE / "notes/exercises.py"))["EXERCISES"]
+    text = re.sub(r"<!-- run: (.*?)(?: \|.*?)? -->", r"`\1`", text)  # where a number comes from | and what it is there
+    commands = re.findall(r"python (ppo_rlhf|notes/exercises|notes/plot)\.py([^`\n#]*)", text)
+    assert len(commands) >= 10
+    for script, flags in commands:
+        words = [str(run) if word == "runs/first" else word for word in flags.split()]
+        if script == "ppo_rlhf":
+            cfg = ppo.parse_config(words)
+            if cfg.reward.startswith("notes/"):
+                assert callable(ppo.load_reward(ppo.Config(reward=str(HERE / cfg.reward))))
+        elif script == "notes/exercises":
+            assert words[-2:] == ["--init_from", str(run)] and {*words[:-2]} <= {*exercises}
+
+
+def test_the_curves_are_drawn(run, tmp_path):
+    pytest.importorskip("matplotlib", reason="only notes/plot.py needs it")
+    for flags in [run], [run, run, "--healthy"]:
+        picture = tmp_path / "new" / "curves.png"
+        subprocess.run([sys.executable, HERE / "notes" / "plot.py", *flags, "--out", picture], check=True)
+        assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size < 200_000
+
+
+@pytest.mark.parametrize("missing, says", [("matplotlib", "pip install matplotlib"), ("nothing", "no metrics.csv")])
+def test_a_curve_that_cannot_be_drawn_says_why_in_one_line(missing, says, tmp_path):
+    if missing == "nothing":
+        pytest.importorskip("matplotlib", reason="only notes/plot.py needs it")
+    code = (f"import runpy, sys; sys.modules[{missing!r}] = None; sys.argv[1:] = [{str(tmp_path)!r}]; "
+            f"runpy.run_path({str(HERE / 'notes' / 'plot.py')!r}, run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert says in done.stderr
 
 
 # ======================================================================================================================
