@@ -45,6 +45,7 @@ from dataclasses import asdict, dataclass, replace
 from inspect import signature
 from itertools import chain, combinations
 from pathlib import Path
+from statistics import pstdev
 
 import torch
 import torch.distributed as dist
@@ -354,15 +355,15 @@ def shorten(lines: list[list[Row]], model, cfg: Config) -> list[list[Row]]:
 
 
 def split(prompts) -> dict[str, list[str]]:
-    """Different prompts: a tenth for the final test, a tenth for validation, the rest to train on (L6).
+    """Different prompts: of every eleven one for the final test, one for validation, nine to train on (L6).
 
     Two held-out sets, because validation chooses the policy that is kept: measured on the same prompts, the choice
-    would flatter the result. The split does not depend on the seed: --init_from cannot let a test prompt into training.
+    would flatter the result. No dice: --init_from cannot let a test prompt into training, and prompts that stand
+    together because they are alike lose the same share. (At random, some words lost three of their five prompts.)
     """
-    prompts = sorted(set(prompts))
-    random.Random(0).shuffle(prompts)
-    n = len(prompts) // 10
-    return {"test": prompts[:n], "validation": prompts[n:2 * n], "train": prompts[2 * n:]}
+    prompts = list(dict.fromkeys(prompts))
+    train = [prompt for i, prompt in enumerate(prompts) if i % 11 not in (0, 5)]
+    return {"test": prompts[::11], "validation": prompts[5::11], "train": train}
 
 
 # What the stages learn from; no prompt of "validation" or "test" occurs in any of them.
@@ -374,20 +375,20 @@ Data = namedtuple("Data", "prompts texts demos rankings held_out")
 def load_data(own: dict[str, list[list[Row]]], cfg: Config) -> Data:
     """Your own lines, divided into training and held-out; the built-in world in the place of what is missing."""
     written = own["demos"] + own["preferences"]
-    practice = {rows[0].prompt for rows in own["prompts"] or written} or set(WORLD_PROMPTS)
-    splits = split(practice.union(rows[0].prompt for rows in written))
+    practice = dict.fromkeys(rows[0].prompt for rows in own["prompts"] or written) or WORLD_PROMPTS
+    splits = split([*practice, *(rows[0].prompt for rows in written)])
     train, held_out = ({flag: [rows for rows in lines if (rows[0].prompt in splits["train"]) == kept]
                         for flag, lines in own.items()} for kept in (True, False))
     for flag in own:
-        check(train[flag] or not getattr(cfg, flag), f"--{flag} leaves nothing to train on; give 10 or more different "
+        check(train[flag] or not getattr(cfg, flag), f"--{flag} leaves nothing to train on; give 6 or more different "
               f"prompts, with replies that differ in their first {cfg.max_new_tokens} tokens")
     texts = sum(train["demos"] + train["preferences"], [])
     demos = [rows[0] for rows in train["demos"] or train["preferences"]]
     if not texts:
-        rng, world = stage_rng(cfg, "texts"), split(WORLD_PROMPTS)["train"]
+        rng, world = reseed(cfg, "texts"), split(WORLD_PROMPTS)["train"]
         texts, demos = write_texts(rng, world, PRETRAIN_MIX), write_texts(rng, world, SFT_MIX)
     prompts = {name: [prompt for prompt in part if prompt in practice] for name, part in splits.items()}
-    check(all(prompts.values()), f"{len(practice)} different prompts are too few to hold some out; give 10 or more")
+    check(all(prompts.values()), f"{len(practice)} different prompts are too few to hold some out; give 6 or more")
     return Data(prompts, texts, demos, train["preferences"], held_out["preferences"])
 
 
@@ -538,7 +539,7 @@ def load_pretrained(source: str | Path):
 
 def base_model(own: dict[str, list[list[Row]]], cfg: Config) -> ActorCritic:
     """What everything starts from: --model, or a GPT-2 of this task's size with random weights."""
-    stage_rng(cfg, "model")
+    reseed(cfg, "model")
     source = finished_stage("pretrain", cfg) or cfg.model
     if source != "tiny":
         return ActorCritic(*load_pretrained(source), cfg)
@@ -605,7 +606,7 @@ def say(text=""):
 STOP = []  # not empty: Ctrl-C was pressed; holds how to go on
 
 
-def stage_rng(cfg: Config, stage: str) -> random.Random:
+def reseed(cfg: Config, stage: str) -> random.Random:
     """Seed torch, and return a random stream, for a stage or one step of it: what was skipped changes nothing."""
     rng = random.Random(f"{stage} {cfg.seed}")
     torch.manual_seed(rng.getrandbits(63) + RANK)  # processes sample different replies, to the prompts of one list
@@ -641,7 +642,7 @@ def resumable(steps: int, stage: str, save_every: int, parts: dict, log: list, c
                 for name, part in parts.items():
                     part.load_state_dict(state[name])
     for step in tqdm(range(first, steps), stage, initial=first, total=steps, leave=False, disable=RANK > 0 or None):
-        yield step, stage_rng(cfg, f"{stage} {step}")
+        yield step, reseed(cfg, f"{stage} {step}")
         stop = gather(STOP)  # pressed in one process is pressed in all
         if cfg.out and RANK == 0 and (stop or (step + 1) % save_every == 0 or step + 1 == steps):
             with replacing(path) as temporary:
@@ -740,7 +741,7 @@ def ranking_loss(scores):
     return -F.logsigmoid(scores[:, better] - scores[:, worse]).mean()
 
 
-def rankings_loss(model, rankings: list[list[Row]]):
+def reward_model_loss(model, rankings: list[list[Row]]):
     """Loss of stage 2, for `descend`: the mean over the rankings, which may differ in length."""
     scores = model(*encode(model, sum(rankings, [])))                                                   # [sum of K]
     losses = [ranking_loss(part.unsqueeze(0)) for part in scores.split([len(rows) for rows in rankings])]
@@ -760,10 +761,10 @@ def normalize(model, rows: list[Row]):
 
 def train_reward_model(sft, data: Data, cfg: Config) -> RewardModel:
     """Stage 2: rankings -> a model that can score any reply. It starts from the SFT model (C)."""
-    rankings = data.rankings or label_rankings(sft, split(WORLD_PROMPTS)["train"], cfg, stage_rng(cfg, "rankings"))
+    rankings = data.rankings or label_rankings(sft, split(WORLD_PROMPTS)["train"], cfg, reseed(cfg, "rankings"))
     model = RewardModel(copy.deepcopy(sft.lm), sft.tokenizer, cfg)
-    minimize(model, rankings_loss, rankings, 4, cfg.rm_steps, cfg.rm_lr, "reward model", cfg)
-    prompts = stage_rng(cfg, "normalization").choices(data.prompts["train"], k=640)
+    minimize(model, reward_model_loss, rankings, 4, cfg.rm_steps, cfg.rm_lr, "reward model", cfg)
+    prompts = reseed(cfg, "normalization").choices(data.prompts["train"], k=640)
     normalize(model, sum(sample_groups(sft, prompts, 1, cfg), []))
     return model
 
@@ -1131,11 +1132,13 @@ def train_ppo(actor, reference, score_fn, prompts: dict[str, list[str]], cfg: Co
                        **means(describe([rollout], kl_coef)), "validation": math.nan}
         schedule.step()
         if (cycle + 1) % cfg.eval_every == 0 or cycle + 1 == cfg.cycles:
-            stage_rng(cfg, "validation")  # the same random numbers every time: what differs is the policy
+            reseed(cfg, "validation")  # the same random numbers every time: what differs is the policy
             table = evaluate(actor, reference, score_fn, prompts["validation"], 16, cfg, kl_coef)
             metrics["validation"] = means(table)["objective"]
-            # Objectives under different betas cannot be compared: while beta adapts, the latest policy is kept.
-            if cfg.kl_target is not None or not any(row["validation"] >= metrics["validation"] for row in log):
+            # Ahead by less than two standard errors is luck: then the later policy is kept, which has learned longer.
+            # Objectives under different betas cannot be compared at all: while beta adapts, the latest is kept.
+            luck = 2 * pstdev(line["objective"] for line in table) / len(table) ** 0.5
+            if cfg.kl_target is not None or not any(row["validation"] > metrics["validation"] + luck for row in log):
                 best.load_state_dict(actor.state_dict())
         log.append(metrics | {"seconds": time.perf_counter() - start})
         write_metrics(log, cfg)
@@ -1184,7 +1187,7 @@ def reward_model_quality(score_fn, sft, data: Data, cfg: Config) -> dict[str, fl
     accuracy: share of reply pairs, same prompt, that both order alike; pairs that the human finds equal do not count.
     correlation: Pearson's r between the two scores; NaN for your own data, for rankings tell order, not points.
     """
-    stage_rng(cfg, "reward model quality")
+    reseed(cfg, "reward model quality")
     groups = data.held_out or sample_groups(sft, data.prompts["validation"][:20], 32, cfg)
     human = [range(len(rows), 0, -1) if data.held_out else human_score(*zip(*rows)) for rows in groups]
     scores = [rate(score_fn, rows) for rows in groups]
@@ -1363,7 +1366,7 @@ def talk(cfg: Config):
     models = {name: load_model(ActorCritic, run / name, cfg) for name in ("pretrain", "sft", "policy")}
     score_fn = load_reward(cfg) if cfg.reward != "model" else load_model(RewardModel, run / "reward_model", cfg).score
     say('Type a line, such as "I feel sad. What can I do?"; an end of file (Ctrl-D) ends.')
-    stage_rng(cfg, "talk")
+    reseed(cfg, "talk")
     for line in sys.stdin:
         prompt = shorten([[Row(line.rstrip("\n") + "\n", "", True)]], models["sft"], cfg)[0][0].prompt
         for name, model in models.items():
@@ -1420,7 +1423,7 @@ def main(argv=None):
     save_model(policy, Path(cfg.out) / "policy")
 
     # The report: three models side by side, and the best that would be possible
-    stage_rng(cfg, "report")
+    reseed(cfg, "report")
     test, N = data.prompts["test"][:20], min(128, cfg.optimum_samples)
     tables = {name: evaluate(model, reference, score_fn, test, N, cfg, kl_coef)
               for name, model in (("pretrained", pretrained), ("sft", reference), ("ppo", policy))}

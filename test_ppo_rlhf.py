@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
@@ -554,9 +555,25 @@ def test_win_rate_counts_ties_half():
 # ---- The task --------------------------------------------------------------------------------------------------------
 def test_held_out_prompts_occur_in_no_training_stage_and_their_words_do():
     splits = ppo.split(ppo.WORLD_PROMPTS)
-    assert len(splits["train"]) >= 100 and len(splits["validation"]) == len(splits["test"]) == 15
+    assert len(splits["train"]) >= 100 and len(splits["validation"]) == len(splits["test"]) == 14
     assert {ppo.WORLD_PROMPTS[prompt][0] for prompt in splits["train"]} == ppo.WORDS
     assert len(set(sum(splits.values(), []))) == sum(map(len, splits.values())) == 150  # no prompt is in two splits
+
+
+def test_every_word_and_every_way_to_ask_keeps_most_of_its_prompts_for_training():
+    splits = ppo.split(ppo.WORLD_PROMPTS)
+    held_out = splits["test"] + splits["validation"]
+    words = Counter(ppo.WORLD_PROMPTS[prompt][0] for prompt in held_out)
+    asks = Counter(prompt.replace(ppo.WORLD_PROMPTS[prompt][0], "{}") for prompt in held_out)
+    assert max(words.values()) == 1 and max(asks.values()) == 2 and len(asks) == 15  # of 5 and of 10
+
+
+def test_split_counts_a_prompt_once_wherever_it_stands_and_needs_no_dice():
+    prompts = [str(i) for i in range(30)]
+    splits = ppo.split(prompts + prompts[::-1])
+    assert splits == ppo.split(prompts)
+    assert splits["test"] == ["0", "11", "22"] and splits["validation"] == ["5", "16", "27"]
+    assert sorted(sum(splits.values(), []), key=int) == prompts
 
 
 def test_the_human_prefers_kinds_of_replies_in_the_storys_order():
@@ -589,7 +606,7 @@ def test_the_reward_model_learns_a_ranking_and_normalises_to_zero_and_one(world)
     replies = ["Call a friend.", "A spider has eight legs.", "Nobody cares."]
     rankings = [[ppo.Row(p, reply, True) for reply in replies[::2]] for p in prompts]
     rankings += [[ppo.Row(prompts[0], reply, True) for reply in replies]]  # pairs and rankings mixed
-    ppo.minimize(model, ppo.rankings_loss, rankings, 4, 40, 3e-3, "test", cfg)
+    ppo.minimize(model, ppo.reward_model_loss, rankings, 4, 40, 3e-3, "test", cfg)
     good, bad = model.score(prompts[:1] * 2, replies[::2], [True] * 2)
     assert good > bad + 1
     rows = sum(ppo.sample_groups(actor, prompts, 4, cfg), [])
@@ -999,20 +1016,19 @@ def test_a_resumed_run_remembers_the_best_policy_from_before_the_stop(run, tmp_p
     assert all(torch.equal(best[name], tensor) for name, tensor in kept.state_dict().items())
 
 
-
 @pytest.mark.parametrize("stage,step", [pytest.param("pretraining", 2, marks=slow), ("reward model", 4), ("PPO", 1)])
 def test_ctrl_c_saves_and_the_resumed_run_ends_like_one_never_stopped(run, stage, step, tmp_path, monkeypatch):
-    rng_of = ppo.stage_rng
+    rng_of = ppo.reseed
 
     def press(cfg, name):
         if name == f"{stage} {step}":
             signal.raise_signal(signal.SIGINT)
         return rng_of(cfg, name)
 
-    monkeypatch.setattr(ppo, "stage_rng", press)
+    monkeypatch.setattr(ppo, "reseed", press)
     with pytest.raises(KeyboardInterrupt):
         ppo.main([*TINY, "--out", str(tmp_path / "run")])
-    monkeypatch.setattr(ppo, "stage_rng", rng_of)
+    monkeypatch.setattr(ppo, "reseed", rng_of)
     assert f"--resume {tmp_path / 'run'}" in ppo.STOP[0]
     state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
     assert (state["stage"], state["step"]) == (stage, step + 1)
@@ -1130,8 +1146,8 @@ def test_every_stage_trains_a_model_of_its_own(world):
 
 
 def test_every_stage_samples_replies_to_its_own_prompts_only(tmp_path, monkeypatch):
-    seen, now, stage_rng, sample = {}, [], ppo.stage_rng, ppo.sample_replies
-    monkeypatch.setattr(ppo, "stage_rng", lambda cfg, stage: now.append(stage) or stage_rng(cfg, stage))
+    seen, now, reseed, sample = {}, [], ppo.reseed, ppo.sample_replies
+    monkeypatch.setattr(ppo, "reseed", lambda cfg, stage: now.append(stage) or reseed(cfg, stage))
     monkeypatch.setattr(ppo, "sample_replies", lambda actor, prompts, cfg:
                         seen.setdefault(now[-1], []).extend(prompts) or sample(actor, prompts, cfg))
     ppo.main([*TINY, "--replies_per_prompt", "2", "--out", str(tmp_path / "run")])
@@ -1150,23 +1166,28 @@ def test_the_reference_of_a_run_stays_behind_when_the_policy_moves(run):
     assert json.loads((run / "report.json").read_text())["ppo"]["kl"] != 0
 
 
-def test_ppo_keeps_the_policy_that_validated_best(world, monkeypatch):
+@pytest.mark.parametrize("last, kept", [([2.0, 2.0], 1), ([2.4, 2.6], 1), ([1.0, 4.0], 2), ([3.0, 3.0], 2)])
+def test_ppo_keeps_the_policy_that_validated_best_and_the_later_one_if_that_may_be_luck(world, monkeypatch, last, kept):
     tokenizer, actor, _, prompts = world
     actor, weights, given = copy.deepcopy(actor), [], []
 
     def evaluate(actor, reference, score_fn, prompts, *_):
         weights.append(copy.deepcopy(actor.state_dict())), given.append(prompts)
-        return [{"objective": [1.0, 3.0, 2.0][len(weights) - 1]}]
+        return [{"objective": x} for x in ([1.0, 1.0], [3.0, 3.0], last)[len(weights) - 1]]
 
     monkeypatch.setattr(ppo, "evaluate", evaluate)
     splits = {"train": prompts[:4], "validation": prompts[4:]}
     log = ppo.train_ppo(actor, ppo.frozen(actor), ppo.human_score, splits, small_config("--eval_every", "1"))
     same = [all(torch.equal(a, b) for a, b in zip(old.values(), actor.state_dict().values())) for old in weights]
-    assert same == [False, True, False] and given == [prompts[4:]] * 3
-    assert [row["validation"] for row in log] == [1.0, 3.0, 2.0]
-    weights.clear()
-    log = ppo.train_ppo(actor, ppo.frozen(actor), ppo.human_score, splits, small_config("--eval_every", "2"))
-    assert [row["validation"] == row["validation"] for row in log] == [False, True, True]  # the last one always
+    assert same == [i == kept for i in range(3)] and given == [prompts[4:]] * 3
+    assert [row["validation"] for row in log] == [1.0, 3.0, sum(last) / 2]
+
+
+def test_ppo_validates_every_so_many_cycles_and_at_the_end(world):
+    tokenizer, actor, _, prompts = world
+    splits, cfg = {"train": prompts[:4], "validation": prompts[4:]}, small_config("--eval_every", "2")
+    log = ppo.train_ppo(copy.deepcopy(actor), ppo.frozen(actor), ppo.human_score, splits, cfg)
+    assert [row["validation"] == row["validation"] for row in log] == [False, True, True]
 
 
 def test_learning_rates_follow_their_schedules(world, monkeypatch):
@@ -1270,7 +1291,7 @@ def test_label_noise_makes_the_choices_of_plackett_and_luce(world, monkeypatch):
 def test_random_streams_differ_by_stage_seed_and_process(monkeypatch):
     def numbers(stage, seed="0", rank=0):
         monkeypatch.setattr(ppo, "RANK", rank)
-        return ppo.stage_rng(small_config("--seed", seed), stage).random(), torch.rand(1).item()
+        return ppo.reseed(small_config("--seed", seed), stage).random(), torch.rand(1).item()
 
     first, again, stage, seed, rank = (numbers(*a) for a in (("a",), ("a",), ("b",), ("a", "1"), ("a", "0", 1)))
     assert first == again and len({first, stage, seed}) == len({first[0], stage[0], seed[0]}) == 3
@@ -1309,7 +1330,7 @@ def test_the_penalty_counts_in_the_optimum_too(run, tmp_path, monkeypatch):
     (tmp_path / "zero.py").write_text("def score(prompts, replies, finished):\n    return [0.0] * len(replies)\n")
     ppo.main([*TINY, "--init_from", str(run), "--reward", f"{tmp_path}/zero.py:score", "--cycles", "0",
               "--missing_eos_penalty", "3", "--out", str(tmp_path / "run")])
-    assert seen[0].shape == (15, 8) and set(seen[0].flatten().tolist()) == {0.0, -3.0}
+    assert seen[0].shape == (14, 8) and set(seen[0].flatten().tolist()) == {0.0, -3.0}
 
 
 def test_evaluation_gives_n_replies_to_each_prompt_one_prompt_after_the_other(world):
@@ -1376,7 +1397,7 @@ def test_win_rate_compares_replies_to_the_same_prompt():
 # ---- Wrong calls -----------------------------------------------------------------------------------------------------
 TEN = [{"prompt": f"Question {i}?\n", "completion": "Yes.", "chosen": "Good.", "rejected": "Bad."} for i in range(10)]
 WRONG_FILES = {
-    "ten.jsonl": jsonl(*TEN), "nine.jsonl": jsonl(*TEN[:9]), "same.jsonl": jsonl(*[TEN[0]] * 20),
+    "ten.jsonl": jsonl(*TEN), "five.jsonl": jsonl(*TEN[:5]), "same.jsonl": jsonl(*[TEN[0]] * 20),
     "one.jsonl": jsonl(TEN[0]),
     "empty.jsonl": "", "blank.jsonl": "\n\n\n", "text.jsonl": "Hello.\n", "half.jsonl": jsonl(*TEN) + '{"prompt": "a',
     "list.jsonl": "[1]\n", "number.jsonl": "3\n", "string.jsonl": '"prompt ranked"\n', "null.jsonl": "null\n",
@@ -1445,11 +1466,11 @@ WRONG_CALLS = """
 --prompts F/text.jsonl | --prompts F/half.jsonl | --prompts F/list.jsonl | --prompts F/number.jsonl
 --prompts F/string.jsonl | --prompts F/null.jsonl | --prompts F/deep.jsonl | --prompts F/latin.jsonl
 --prompts F/utf16.jsonl | --prompts F/half_character.jsonl | --prompts F/other_field.jsonl
---prompts F/number_field.jsonl | --prompts F/nine.jsonl => 10 or more | --prompts F/same.jsonl => 10 or more
+--prompts F/number_field.jsonl | --prompts F/five.jsonl => 6 or more | --prompts F/same.jsonl => 6 or more
 --prompts F/ten.jsonl --reward human | --demos F/ten.jsonl | --demos F/ten.jsonl --reward human
 --preferences F/ten.jsonl --demos F/nothing.jsonl | --preferences F/ten.jsonl --demos F/no_completion.jsonl
 --preferences F/ten.jsonl --demos F/empty_completion.jsonl | --preferences F/ten.jsonl --demos F/two.jsonl
---preferences F/ten.jsonl --demos F/number.jsonl | --preferences F/nine.jsonl => 10 or more
+--preferences F/ten.jsonl --demos F/number.jsonl | --preferences F/five.jsonl => 6 or more
 --preferences F/one_reply.jsonl | --preferences F/equal.jsonl | --preferences F/ranked_one.jsonl
 --preferences F/equal_in_three.jsonl | --preferences F/ranked_word.jsonl | --preferences F/ranked_object.jsonl
 --preferences F/ranked_number.jsonl | --preferences F/ranked_numbers.jsonl | --preferences F/number.jsonl
@@ -1685,8 +1706,15 @@ def test_the_code_in_the_guide_runs(tmp_path, monkeypatch):
     assert (tmp_path / "run/report.json").is_file()
 
 
-def test_every_command_of_the_questions_parses(run):
-    text, exercises = (HERE / "notes/faq.md").read_text(encoding="utf-8"), runpy.run_path(str(HERE / "notes/exercises.py"))["EXERCISES"]
+def solutions():
+    """exercises.py as a dict of its names, and its text."""
+    path = HERE / "notes/exercises.py"
+    return runpy.run_path(str(path)), path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["faq.md"])
+def test_every_command_of_the_questions_and_exercises_parses(name, run):
+    text, exercises = (HERE / "notes" / name).read_text(encoding="utf-8"), solutions()[0]["EXERCISES"]
     text = re.sub(r"<!-- run: (.*?)(?: \|.*?)? -->", r"`\1`", text)  # where a number comes from | and what it is there
     commands = re.findall(r"python (ppo_rlhf|notes/exercises|notes/plot)\.py([^`\n#]*)", text)
     assert len(commands) >= 10
@@ -1698,6 +1726,13 @@ def test_every_command_of_the_questions_parses(run):
                 assert callable(ppo.load_reward(ppo.Config(reward=str(HERE / cfg.reward))))
         elif script == "notes/exercises":
             assert words[-2:] == ["--init_from", str(run)] and {*words[:-2]} <= {*exercises}
+
+
+@slow
+def test_every_exercise_runs(run):
+    script = [sys.executable, HERE / "notes/exercises.py", "all", "--init_from", run, "--cycles", "1"]
+    done = subprocess.run(script, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("| --- |") == 20, done.stderr[-2000:]
 
 
 def test_the_curves_are_drawn(run, tmp_path):

@@ -47,7 +47,7 @@ def load(name, cfg):
 
 def measure(actor, cfg, score_fn):
     """What a policy does on the prompts of the final test, 32 replies to each."""
-    ppo.stage_rng(cfg, "report")
+    ppo.reseed(cfg, "report")
     table = ppo.evaluate(actor, ppo.frozen(load("sft", cfg)), score_fn, ppo.split(ppo.WORLD_PROMPTS)["test"], 32, cfg,
                          cfg.kl_coef)
     report = json.loads((Path(cfg.init_from) / "report.json").read_text())
@@ -72,7 +72,7 @@ def train(flags="", score_fn=None, **functions):
 def sft_scores(N=256):
     """Scores of N replies of SFT to each test prompt: [prompts,N]."""
     cfg = settings()
-    ppo.stage_rng(cfg, "samples")
+    ppo.reseed(cfg, "samples")
     groups = ppo.sample_groups(load("sft", cfg), ppo.split(ppo.WORLD_PROMPTS)["test"], N, cfg)
     return torch.tensor([ppo.rate(load("reward_model", cfg).score, rows, cfg.missing_eos_penalty) for rows in groups])
 
@@ -81,7 +81,8 @@ def sft_scores(N=256):
 COLUMNS = {"human": ("human", 2), "reward": ("reward", 2), "kl": ("KL", 2), "objective": ("objective", 2),
            "way": ("% of the way to the optimum", 0), "reply_length": ("tokens", 1), "entropy": ("entropy", 3),
            "clip_fraction": ("clip_fraction", 3), "approx_kl": ("approx_kl", 4), "value_loss": ("value_loss", 3),
-           "explained_variance": ("explained_variance", 2), "policy_loss": ("policy_loss", 3), "training_kl": ("KL seen in training", 2)}
+           "explained_variance": ("explained_variance", 2), "policy_loss": ("policy_loss", 3),
+           "training_kl": ("KL seen in training", 2)}
 
 
 def table(columns, rows):
@@ -115,7 +116,7 @@ def exercise_2():
     prompts, score_fn = ppo.split(ppo.WORLD_PROMPTS)["test"][:8], load("reward_model", cfg).score
     for flags in "--lam 1", "--lam 0.95 --gamma 0.99":
         cfg = settings(flags)
-        ppo.stage_rng(cfg, "xray")
+        ppo.reseed(cfg, "xray")
         r = ppo.collect_rollout(load("policy", cfg), load("sft", cfg), score_fn, prompts, cfg)
         print(ppo.xray(r, load("sft", cfg).tokenizer, cfg))
         off = {"A_t": 0, "return": 0, "sum of r_t": 0}
@@ -146,7 +147,8 @@ def exercise_5():
 
 def exercise_6():
     variants = "--ppo_epochs 1", "--ppo_epochs 4", "--ppo_epochs 12", "--ppo_epochs 12 --clip_eps 10"
-    return table("human, way, kl, entropy, clip_fraction, approx_kl", {f"`{flags}`": train(flags) for flags in variants})
+    rows = {f"`{flags}`": train(flags) for flags in variants}
+    return table("human, way, kl, entropy, clip_fraction, approx_kl", rows)
 
 
 def without_e(prompts, replies, finished):
@@ -273,8 +275,8 @@ def batch_mean(rewards, values, mask, gamma, lam):
 
 
 def exercise_14():
-    return table("human, way, kl, entropy, clip_fraction",
-                 {"the critic": train(), "the batch's mean": train(gae=batch_mean), "no baseline": train(gae=no_baseline)})
+    return table("human, way, kl, entropy, clip_fraction", {
+        "the critic": train(), "the batch's mean": train(gae=batch_mean), "no baseline": train(gae=no_baseline)})
 
 
 def reinforce(log_probs, old_log_probs, advantages, mask, clip_eps):
@@ -318,8 +320,8 @@ def kl_penalty(log_probs, old_log_probs, advantages, mask, clip_eps, price=1.0):
 
 
 def exercise_17():
-    return table("human, way, kl, entropy, approx_kl",
-                 {"clipped": train(), "KL penalty": train(policy_loss=kl_penalty), "neither": train("--clip_eps 1000000")})
+    return table("human, way, kl, entropy, approx_kl", {
+        "clipped": train(), "KL penalty": train(policy_loss=kl_penalty), "neither": train("--clip_eps 1000000")})
 
 
 def mean_of_replies(log_probs, old_log_probs, advantages, mask, clip_eps):
@@ -369,7 +371,7 @@ def dpo_loss(model, pairs, reference, beta):
 
 def exercise_20():
     cfg, reward_model = settings(), load("reward_model", settings())
-    actor, rng = load("sft", cfg), ppo.stage_rng(cfg, "pairs")
+    actor, rng = load("sft", cfg), ppo.reseed(cfg, "pairs")
     reference, prompts = ppo.frozen(actor), ppo.split(ppo.WORLD_PROMPTS)["train"]
     pairs = ppo.sample_groups(actor, rng.choices(prompts, k=2000), 2, cfg)
     for pair in pairs:  # Bradley-Terry: the better one is preferred with probability sigmoid(difference)

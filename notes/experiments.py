@@ -180,7 +180,7 @@ def with_critic(make):
     return train_ppo
 
 
-# ---- train_ppo: no training, but something to measure; what would be the rows of metrics.csv are the measurements -----
+# ---- train_ppo: no training, but something to measure; what would be rows of metrics.csv are the measurements --------
 def best_of_n(actor, reference, score_fn, prompts, cfg, N=256):
     """The best of n replies of SFT, n = 1 ... 64, and KL(best of n || SFT) <= log n - (n-1)/n.
 
@@ -218,7 +218,7 @@ def gradients(actor, reference, score_fn, prompts, cfg, K=32):
     noise  E|g_k - g|^2 / |u|^2     = (sum |g_k|^2 - |sum g_k|^2 / K) / (K-1) / |u|^2
     bias   |g - u|^2 / |u|^2        = (|sum d_k|^2 - sum |d_k|^2) / (K (K-1)) / |u|^2 with d_k = g_k - u_k
     """
-    log, rng = own.train_ppo(actor, reference, score_fn, prompts, cfg), ppo.stage_rng(cfg, "gradients")
+    log, rng = own.train_ppo(actor, reference, score_fn, prompts, cfg), ppo.reseed(cfg, "gradients")
     weights, sums = list(actor.lm.parameters()), {name: [0.0] * 4 for name in ESTIMATES}
     for _ in range(K):
         r = ppo.collect_rollout(actor, reference, score_fn, rng.choices(prompts["train"], k=cfg.batch_size), cfg)
@@ -489,7 +489,7 @@ topic("aggregation", "T8", "Mean over tokens or over replies", {"by_sequence": v
 claim     C: how the loss is aggregated can change results significantly.
 measures  fraction early kl length
 expect    by_sequence fraction ! default; by_sequence length ! default
-note      It can only matter where replies differ in length; these are one to three sentences.""")
+note      It can only matter where replies differ in length; these are one or two sentences.""")
 topic("ptx", "N10", "Pretraining loss mixed in", {"ptx": v(descend=descend_with_texts)}, """
 claim     C: InstructGPT mixes pretraining updates into PPO, so that less is forgotten.
 beside    sft default
@@ -768,8 +768,9 @@ def draw(results, curves):
 INTRODUCTION = """# Experiments: what the articles claim, and what is seen here
 
 Made by `notes/experiments.py` from {runs} runs, {minutes:.0f} minutes on one thread in all. All variants start from the
-same SFT and reward model (one pair per seed, {seeds} seeds) and repeat only PPO, in 30 cycles. A variant is made by flags,
-or by replacing functions of `ppo_rlhf.py`; section 2 of `notes/experiments.py` is the table of them. First once:
+same SFT and reward model (one pair per seed, {seeds} seeds) and repeat only PPO, in 30 cycles. A variant is made of
+flags, or of replacements for functions of `ppo_rlhf.py`; section 2 of `notes/experiments.py` is the table of them.
+First, once:
 
     python notes/experiments.py base
 
