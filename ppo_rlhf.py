@@ -721,7 +721,7 @@ def label_rankings(sft, prompts: list[str], cfg: Config, rng: random.Random, K=4
 
     Each ranking sorts score + label_noise * Gumbel noise, which is the Plackett-Luce model of noisy choice: the chance
     of preferring i to j is sigmoid((score_i - score_j) / label_noise). The reward model's loss below assumes just that,
-    so what it learns is the human's score up to zero point and unit. Only the order leaves this function, no points.
+    so what it learns is score / label_noise + a constant. Only the order leaves this function, no points.
     """
     def impression(row):  # minus the logarithm of an exponential variable is a Gumbel variable
         return judge(*row)["human"] - cfg.label_noise * math.log(rng.expovariate(1))
@@ -735,7 +735,7 @@ def ranking_loss(scores):
 
     L = -mean over the K(K-1)/2 pairs i < j of log sigmoid(s_i - s_j)        (L3; InstructGPT eq. 1)
 
-    Only differences enter, so the scores' zero and unit stay open: `normalize` sets them afterwards.
+    A difference of scores is the log-odds of a choice; their zero stays open. `normalize` sets zero and unit anew.
     """
     better, worse = torch.triu_indices(scores.shape[1], scores.shape[1], offset=1)
     return -F.logsigmoid(scores[:, better] - scores[:, worse]).mean()

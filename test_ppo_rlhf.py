@@ -320,6 +320,14 @@ def test_sampling_frequencies_match_the_log_probs_at_every_temperature(temperatu
     assert (frequencies - probabilities).abs().max() < 0.015 and probabilities.max() < 0.99
 
 
+def test_the_sampler_cuts_no_tail_off_a_large_vocabulary():
+    torch.manual_seed(0)
+    logits = torch.linspace(0, -4, 500).repeat(20_000, 1)  # top-k or top-p would never draw the last ones
+    expected = 20_000 * logits[0].softmax(dim=0)
+    counts = torch.bincount(ppo.sample_tokens(logits), minlength=500)
+    assert ((counts - expected) ** 2 / expected).sum() < 500 + 5 * 1000 ** 0.5  # chi squared: mean 499, variance 998
+
+
 def test_a_token_of_probability_zero_is_never_sampled():
     logits = torch.tensor([[-math.inf, 0.0, -math.inf, 1.0, -math.inf]]).expand(5000, -1)
     assert set(ppo.sample_tokens(logits).tolist()) == {1, 3}
