@@ -917,6 +917,9 @@ import ppo_rlhf as ppo
 folder = pathlib.Path(sys.argv[2])
 cfg, rollout = torch.load(folder / "rollout.pt", weights_only=False)
 ppo.join_processes(cfg)
+fresh = ppo.base_model({flag: [] for flag in ppo.REPLIES}, cfg)
+judge = ppo.RewardModel(ppo.frozen(fresh).lm, fresh.tokenizer, cfg)
+fresh = [x.clone() for x in (*fresh.parameters(), *judge.parameters())]
 actor = ppo.load_model(ppo.ActorCritic, folder / "actor", cfg)
 part = ppo.Rollout(**{name: ppo.share(x) for name, x in vars(rollout).items()})
 ppo.update_policy(actor, torch.optim.SGD(actor.parameters(), lr=0.0), part, cfg)
@@ -925,7 +928,7 @@ texts = ppo.gather([row.reply for row in part.rows])
 grads = [p.grad for p in actor.parameters() if p.grad is not None]
 rows = [ppo.Row("I feel sad.\\n", "Call a friend" + "!" * n, True) for n in range(9)]
 ppo.minimize(actor, ppo.imitation_loss, rows, 16, 3, 1e-2, "test", cfg)
-torch.save({"grads": grads, "white": white, "texts": texts, "weights": [*actor.parameters()],
+torch.save({"fresh": fresh, "grads": grads, "white": white, "texts": texts, "weights": [*actor.parameters()],
             "variance": ppo.moments(part.returns, part.mask)[1]}, f"{sys.argv[3]}-{ppo.RANK}.pt")
 ppo.leave_processes()
 '''
@@ -933,22 +936,28 @@ ppo.leave_processes()
 
 def launch(processes, *command):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}",
-                           "--master-port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", *map(str, command)],
-                          capture_output=True, text=True, env=environment, timeout=120)
+    torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--master-port=0",
+                "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"] * (processes > 1)
+    return subprocess.run([sys.executable, *torchrun, *map(str, command)], capture_output=True, text=True,
+                          env=environment, timeout=120)
 
 
-def test_two_processes_compute_what_one_computes(world, rollout, tmp_path):
+@pytest.fixture(scope="module")
+def workers(world, rollout, tmp_path_factory):
+    """What WORKER saves: alone, and in each of two processes."""
+    folder, results = tmp_path_factory.mktemp("workers"), {}
     cfg = small_config("--minibatches", "1", "--ppo_epochs", "1", "--max_grad_norm", "1e9")
-    torch.save((cfg, rollout), tmp_path / "rollout.pt"), ppo.save_model(world[1], tmp_path / "actor")
-    (tmp_path / "worker.py").write_text(WORKER)
-    results = {}
+    torch.save((cfg, rollout), folder / "rollout.pt"), ppo.save_model(world[1], folder / "actor")
+    (folder / "worker.py").write_text(WORKER)
     for processes in (1, 2):
-        done = launch(processes, tmp_path / "worker.py", HERE, tmp_path,
-                      tmp_path / f"out{processes}")
+        done = launch(processes, folder / "worker.py", HERE, folder, folder / f"out{processes}")
         assert done.returncode == 0, done.stderr[-2000:]
-        results[processes] = [torch.load(tmp_path / f"out{processes}-{rank}.pt") for rank in range(processes)]
-    (one,), two = results[1], results[2]
+        results[processes] = [torch.load(folder / f"out{processes}-{rank}.pt") for rank in range(processes)]
+    return results[1][0], results[2]
+
+
+def test_two_processes_compute_what_one_computes(workers, rollout):
+    one, two = workers
     assert one["texts"] == two[0]["texts"] == two[1]["texts"] == [row.reply for row in rollout.rows]
     assert torch.allclose(one["white"], torch.cat([x["white"] for x in two]), atol=1e-5)
     for other in two:
@@ -957,6 +966,10 @@ def test_two_processes_compute_what_one_computes(world, rollout, tmp_path):
         assert all((a - b).abs().mean() < 1e-4 for a, b in zip(one["weights"], other["weights"]))
         assert other["variance"] == pytest.approx(one["variance"], rel=1e-4)
     assert all(torch.equal(a, b) for a, b in zip(two[0]["weights"], two[1]["weights"]))
+
+
+def test_all_processes_begin_with_the_same_weights(workers):
+    assert all(map(torch.equal, *(worker["fresh"] for worker in workers[1])))
 
 
 def test_a_run_with_two_processes_writes_one_folder_and_speaks_once(tmp_path):
@@ -1565,25 +1578,6 @@ def test_init_from_takes_the_settings_along_and_flags_change_them(run, tmp_path)
     assert new == old | {"init_from": str(run), "out": str(tmp_path / "run"), "kl_coef": 0.05}
 
 
-FRESH_MODELS = '''
-import sys; sys.path.insert(0, sys.argv[1])
-import torch, ppo_rlhf as ppo
-cfg = ppo.parse_config(["--n_layer", "1", "--n_embd", "32", "--device", "cpu"])
-ppo.join_processes(cfg)
-actor = ppo.base_model({flag: [] for flag in ppo.REPLIES}, cfg)
-judge = ppo.RewardModel(ppo.frozen(actor).lm, actor.tokenizer, cfg)
-torch.save([*actor.parameters(), *judge.parameters()], f"{sys.argv[2]}/{ppo.RANK}.pt")
-ppo.leave_processes()
-'''
-
-
-def test_all_processes_begin_with_the_same_weights(tmp_path):
-    (tmp_path / "fresh.py").write_text(FRESH_MODELS)
-    done = launch(2, tmp_path / "fresh.py", HERE, tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert all(map(torch.equal, *(torch.load(tmp_path / f"{rank}.pt") for rank in range(2))))
-
-
 # ---- Notes -----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("path", [HERE / "README.md", *sorted(HERE.glob("notes/**/*.md"))], ids=str)
 def test_the_texts_name_only_tests_functions_and_flags_that_exist(path):
@@ -1720,7 +1714,7 @@ def solutions():
     return runpy.run_path(str(path)), path.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["faq.md"])
+@pytest.mark.parametrize("name", ["faq.md", "exercises.md"])
 def test_every_command_of_the_questions_and_exercises_parses(name, run):
     text, exercises = (HERE / "notes" / name).read_text(encoding="utf-8"), solutions()[0]["EXERCISES"]
     text = re.sub(r"<!-- run: (.*?)(?: \|.*?)? -->", r"`\1`", text)  # where a number comes from | and what it is there
@@ -1734,6 +1728,24 @@ def test_every_command_of_the_questions_and_exercises_parses(name, run):
                 assert callable(ppo.load_reward(ppo.Config(reward=str(HERE / cfg.reward))))
         elif script == "notes/exercises":
             assert words[-2:] == ["--init_from", str(run)] and {*words[:-2]} <= {*exercises}
+
+
+def test_the_solutions_in_the_text_are_those_that_were_run():
+    text, (names, source) = (HERE / "notes/exercises.md").read_text(encoding="utf-8"), solutions()
+    code = blocks(text, "python")
+    assert all(f"\n\n\n{block.strip()}\n" in source for block in code)
+    written = re.findall(r"\ndef (\w+)\(", source.split("# Solutions")[1].split("EXERCISES =")[0])
+    assert {name for name in written if not name.startswith("exercise_")} == {
+        name for block in code for name in re.findall(r"^def (\w+)\(", block, re.MULTILINE)}
+
+
+def test_every_exercise_has_its_text_and_one_table():
+    sections = (HERE / "notes/exercises.md").read_text(encoding="utf-8").split("\n## ")[1:]
+    assert [section.split(".")[0] for section in sections] == [*solutions()[0]["EXERCISES"]]
+    for section in sections:
+        for part in "中文：", "**Predict**", "**Hint.**", "<details>", "</details>":
+            assert section.count(part) == 1, section[:30]
+        assert len(re.findall(r"\n\n\|", section)) == 1 and "| --- |" in section, section[:30]
 
 
 @slow

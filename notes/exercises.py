@@ -64,8 +64,8 @@ def train(flags="", score_fn=None, **functions):
     with patch.dict(vars(ppo), functions), contextlib.redirect_stdout(io.StringIO()):
         log = ppo.train_ppo(actor, ppo.frozen(actor), score_fn, ppo.split(ppo.WORLD_PROMPTS), cfg)
     names = "policy_loss value_loss entropy clip_fraction approx_kl explained_variance".split()
-    mean = {name: sum(row[name] for row in log) / len(log) for name in [*names, "kl"]}
-    return measure(actor, cfg, score_fn) | {name: mean[name] for name in names} | {"training_kl": mean["kl"]}
+    mean = {name: sum(row[name] for row in log) / len(log) for name in names}
+    return measure(actor, cfg, score_fn) | mean
 
 
 @cache
@@ -81,13 +81,12 @@ def sft_scores(N=256):
 COLUMNS = {"human": ("human", 2), "reward": ("reward", 2), "kl": ("KL", 2), "objective": ("objective", 2),
            "way": ("% of the way to the optimum", 0), "reply_length": ("tokens", 1), "entropy": ("entropy", 3),
            "clip_fraction": ("clip_fraction", 3), "approx_kl": ("approx_kl", 4), "value_loss": ("value_loss", 3),
-           "explained_variance": ("explained_variance", 2), "policy_loss": ("policy_loss", 3),
-           "training_kl": ("KL seen in training", 2)}
+           "explained_variance": ("explained_variance", 2), "policy_loss": ("policy_loss", 3)}
 
 
 def table(columns, rows):
     """Markdown; rows: what it is -> what was measured."""
-    columns = {name: COLUMNS.get(name, (name, 2)) for name in columns.split(", ")}
+    columns = {name: COLUMNS.get(name, (name, 6 if "error" in name else 2)) for name in columns.split(", ")}
     lines = [["", *(title for title, _ in columns.values())], ["---"] * (len(columns) + 1)]
     for label, seen in rows.items():
         lines.append([label, *(f"{seen[name]:.{digits}f}".replace("nan", "") for name, (_, digits) in columns.items())])
@@ -253,15 +252,18 @@ def no_early_end(actor, prompt_ids, prompt_mask, max_new_tokens, eos_id, *args):
         return generate(actor, prompt_ids, prompt_mask, max_new_tokens, eos_id, *args)
 
 
-def noise(prompts, replies, finished):
-    return torch.randn(len(replies)).tolist()
+def replies_of_sft(actor, *args):
+    return generate(load("sft", settings()), *args)  # from a policy of long ago
 
 
 def exercise_13():
     samplers = {"right": {}, "half the temperature": {"sample_tokens": colder}, "top 2": {"sample_tokens": top_2},
-                "no EOS before token 17": {"generate": no_early_end}}
-    rows = {label: train("--kl_coef 1", noise, **sampler) for label, sampler in samplers.items()}
-    return table("training_kl, kl, human, entropy, reply_length", rows)
+                "no EOS before token 17": {"generate": no_early_end}, "SFT's replies": {"generate": replies_of_sft}}
+    cfg, rows = settings(), {}
+    for label, sampler in samplers.items():
+        with patch.dict(vars(ppo), sampler):
+            rows[label] = measure(load("policy", cfg), cfg, load("reward_model", cfg).score)
+    return table("kl, human, reward, reply_length", rows)
 
 
 def no_baseline(rewards, values, mask, gamma, lam):
