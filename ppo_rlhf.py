@@ -19,12 +19,13 @@ SIX STEPS per cycle: article E's; Phase I makes the data, Phase II learns from i
     Phase II  update_policy     6  clipped surrogate, value loss, entropy  policy_loss, value_loss
 
 Sections: 0 configuration | 1 the task | 2 the models | 3 stages 0-2: pretraining, SFT, reward model | 4 Phase I |
-5 Phase II | 6 the loop | 7 the report | 8 main.
+5 Phase II | 6 the loop | 7 the report | 8 main. In a hurry? PPO itself is ActorCritic, sections 4 and 5, and train_ppo.
 
-Letters in the shape comments: B replies in the batch, T reply tokens, P prompt tokens, V vocabulary. Prompts are padded
-on the left and replies on the right, so that every reply starts in the same column. `mask` is True on real reply
-tokens, EOS included; nothing at a False position may influence any result. Ids such as S2 or N8 point into the
-articles; notes/guide.md names the five articles, A to E, and lists the ids.
+Letters in the shape comments: B replies in the batch, T tokens of the longest reply in it, P prompt tokens, V
+vocabulary; in formulas, V(s_t) is the critic's value. Prompts are padded on the left and replies on the right, so that
+every reply starts in the same column. `mask` is True on real reply tokens, EOS included; nothing at a False position
+may influence any result. Log-probs and KL are in nats: natural logarithms. Ids such as S2 or N8 point into the
+articles; notes/guide.md names the five articles, A to E, and lists the ids. One can read on without them.
 """
 import copy
 import csv
@@ -60,13 +61,13 @@ from transformers.utils import logging
 
 
 # ======================================================================================================================
-# 0  Configuration: every number is a flag. Every structure is a function below: to change one, replace it.
+# 0  Configuration: what is worth turning is a flag. Every structure is a function below: to change one, replace it.
 # ======================================================================================================================
 @dataclass
 class Config:
     """One field, one flag: `lr` is set by --lr.
 
-    The defaults were chosen by the fraction of the optimum reached on several seeds (section 7); notes/experiments.py
+    The defaults were chosen by the fraction of the optimum reached on several seeds (section 7); notes/experiments.md
     turns each knob of PPO alone. They are the usual ones, but for advantages that are not whitened and the critic's own
     head (see ActorCritic). kl_coef counts in standard deviations of SFT's reward; compare it with the betas of other
     papers with care.
@@ -118,14 +119,14 @@ class Config:
     lam: float = HfArg(default=0.95, help="GAE's lambda, 0 to 1: 0 trusts the critic, 1 only real rewards. (S5, T2)")
     whiten_advantages: bool = HfArg(default=False, help="Advantages to mean 0, variance 1. Late on, mostly noise. (N7)")
     # PPO: the losses
-    clip_eps: float = HfArg(default=0.2, help="epsilon, 0.1 to 0.3: leash of a token's probability per cycle. (S6, P3)")
-    vf_coef: float = HfArg(default=0.5, help="c_V, 0.1 to 1. Here only max_grad_norm feels it: own head, Adam. (S6)")
-    value_clip: float | None = HfArg(default=None, help="If given, values move at most so far per cycle, e.g. 0.2.")
+    clip_eps: float = HfArg(default=0.2, help="epsilon, 0.1 to 0.3: beyond it, a token is pushed no further. (S6, P3)")
+    vf_coef: float = HfArg(default=0.5, help="c_V, 0.1 to 1. Hardly matters here: the critic shares no weights. (S6)")
+    value_clip: float | None = HfArg(default=None, help="If given, no more push on a value that moved so far: 0.2.")
     ent_coef: float = HfArg(default=0.0, help="c_ent, 0 to 0.01: reward for staying undecided. 0.1: babble. (S6)")
     # Sampling and evaluation
     temperature: float = HfArg(default=0.7, help="Of sampling and log-probs, 0.7 to 1. Low: no exploration. (L5)")
     max_new_tokens: int = HfArg(default=32, help="Longest reply in tokens. Too short: replies end unfinished. (N3)")
-    eval_every: int = HfArg(default=10, help="Validate after so many cycles, and keep the best policy. (L6)")
+    eval_every: int = HfArg(default=10, help="Validate after so many cycles; keep the best policy. (L6)")
     optimum_samples: int = HfArg(default=400, help="Replies per test prompt for J*; up to 128 for the rest.")
 
 
@@ -398,8 +399,8 @@ def train_tokenizer(texts: list[str]):
     No token is longer than 12 bytes: in Chinese, which has no spaces, whole sentences would become tokens, and a prompt
     with a new word in it would be one that the model has never seen a piece of.
 
-    Padding and EOS are two different tokens. Were they one, masking the padding out of the SFT loss would mask EOS out
-    too, the model would never learn to stop, and the reward would be read at the wrong place (N1).
+    Padding and EOS are two different tokens. Were they one, code that finds padding by its id would mask EOS out of the
+    SFT loss too, the model would never learn to stop, and the reward would be read at the wrong place (N1).
     """
     empty = GPT2Tokenizer(vocab={}, merges=[], pad_token="<pad>", eos_token="<eos>", bos_token=None, unk_token=None,
                           padding_side="left")
@@ -446,7 +447,7 @@ def join(prompt_ids, prompt_mask, reply_ids, reply_mask):
 
 
 class HeadedModel(nn.Module):
-    """What the four models share: a causal language model of any architecture, and a small head on its last layer."""
+    """What all of them are: a causal language model of any architecture, and a small head on its last layer."""
 
     def __init__(self, lm, tokenizer=None, cfg: Config = Config()):
         super().__init__()
@@ -478,9 +479,9 @@ class ActorCritic(HeadedModel):
     Critic and reward model are easily confused: the reward model scores a finished reply and never changes; the critic
     predicts, in the middle of a reply, how the present policy will end up, and is trained all along (T7).
 
-    The critic looks at the last layer through a small network, and its gradient stops there (`detach`). Usual is a
-    single linear layer, whose loss reaches into the shared layers; then the value loss keeps rewriting the features
-    that the policy stands on. notes/experiments.py compares them.
+    The critic looks at the last layer through a small network, and its gradient stops there (`detach`). Usual are a
+    model of its own, at twice the price, or a single linear layer, whose loss reaches into the shared layers; then the
+    value loss keeps rewriting the features that the policy stands on. notes/experiments.md compares them.
     """
 
     def forward(self, prompt_ids, prompt_mask, reply_ids, reply_mask):
@@ -490,7 +491,8 @@ class ActorCritic(HeadedModel):
         [B,T], where values[:, t] = V(s_t), the state before token t. Both in float32. (S1, S3)
         """
         inputs, T = join(prompt_ids, prompt_mask, reply_ids, reply_mask), reply_ids.shape[1]
-        # The output at one position predicts the next token, so the last token itself is never fed in.
+        # The output at a position predicts the next token. So the last token is not fed in, and of P+T-1 outputs the
+        # last T, from the last prompt token on, are for reply tokens 0 to T-1: what was thought at s_0 to s_{T-1}.
         out = self.read(*(x[:, :-1] for x in inputs), keep=T, output_hidden_states=True, use_cache=False)
         features = out.hidden_states[-1][:, -T:].detach().float()                                       # [B,T,width]
         return out.logits.float(), self.head(features).squeeze(-1)                                # [B,T,V] [B,T]
@@ -517,7 +519,7 @@ class RewardModel(HeadedModel):
 
 
 def frozen(model: nn.Module) -> nn.Module:
-    """A copy without gradients, such as the reference: not the old policy, which is new in every cycle (T5)."""
+    """A copy without gradients, such as the reference. (The old policy needs none: its log-probs are stored; T5.)"""
     return copy.deepcopy(model).requires_grad_(False)
 
 
@@ -655,9 +657,9 @@ def resumable(steps: int, stage: str, save_every: int, parts: dict, log: list, c
 def descend(model, optimizer, loss_fn, batch, cfg: Config) -> dict[str, float]:
     """One update on the mean loss over a batch, however it is divided: into micro batches, among processes (R1, R2).
 
-    loss_fn(model, part of the batch) -> (mean loss over that part, number of tokens in it, metrics). The gradients are
-    weighted by these numbers: a plain mean of means would favour the tokens of a part with short replies.
-    Returns loss and metrics, each the mean over all tokens.
+    loss_fn(model, part of the batch) -> (mean loss over that part, count, metrics); count is how many numbers it is the
+    mean of: tokens, in stage 2 rankings. The gradients are weighted by it: a plain mean of means would favour the
+    tokens of a part with short replies. Returns loss and metrics, each the mean over all tokens.
     """
     optimizer.zero_grad()
     sums = []  # of token counts, losses and metrics, a list for each part
@@ -786,12 +788,12 @@ class Rollout:
     reply_ids: torch.Tensor      # [B,T]
     mask: torch.Tensor           # [B,T]  True on real reply tokens, EOS included
     scores: torch.Tensor         # [B]    r_RM of the whole reply, penalty included
-    log_probs: torch.Tensor      # [B,T]  log pi_old(a_t | s_t)
+    log_probs: torch.Tensor      # [B,T]  log pi_old(a_t | s_t): all of the old policy that is kept
     ref_log_probs: torch.Tensor  # [B,T]  log pi_ref(a_t | s_t)
     values: torch.Tensor         # [B,T]  V(s_t)
     rewards: torch.Tensor        # [B,T]  r_t
     advantages: torch.Tensor     # [B,T]  A_t
-    returns: torch.Tensor        # [B,T]  G_t, what the critic should have said
+    returns: torch.Tensor        # [B,T]  G_t = A_t + V(s_t), what the critic should have said
 
     @property
     def batch(self) -> tuple:
@@ -896,12 +898,13 @@ def rate(score_fn, rows: list[Row], missing_eos_penalty: float = 0.0) -> list[fl
 def token_rewards(log_probs, ref_log_probs, scores, mask, kl_coef: float):
     """Token-level reward [B,T] from log-probs [B,T] and scores [B].
 
-    r_t = -beta * (log pi(a_t|s_t) - log pi_ref(a_t|s_t))        every token: what the reference would not say costs
+    r_t = -beta * (log pi(a_t|s_t) - log pi_ref(a_t|s_t))        every token
     r_T = the same + r_RM                                        last real token: the score of the whole reply
 
-    pi is the policy that has just sampled; rewards are fixed numbers, no gradient flows through them. The KL term keeps
-    the policy where the reward model can be trusted: that was trained on SFT's replies and knows nothing about others,
-    so a policy that strays far enough finds nonsense that scores high (D's "hahaha", P1, P2).
+    pi is the policy that has just sampled, pi_old in step 6; rewards are fixed numbers, no gradient flows through them.
+    A token costs if pi likes it more than the reference does, and pays if less; on average over pi's samples that is
+    beta * KL(pi || pi_ref), never negative. It keeps the policy where the reward model can be trusted: that was trained
+    on SFT's replies, and a policy that strays far enough finds nonsense that scores high (D's "hahaha", P1, P2).
 
     The score must land on the last token of the *reply*, not on the last column: padding is masked out of the loss, and
     a score that lands there is lost without any error message (N4). A reply's rewards add up to r_RM - beta * KL.
@@ -921,8 +924,8 @@ def token_rewards(log_probs, ref_log_probs, scores, mask, kl_coef: float):
 def td_residuals(rewards, values, mask, gamma: float):
     """delta_t = r_t + gamma * V(s_{t+1}) - V(s_t)        all [B,T]
 
-    What came plus what is expected now, less what was expected before. After the last token nothing more can come, so
-    V(s_{T+1}) = 0; a critic's output on the padding behind a shorter reply must not take its place.
+    What came plus what is expected now, less what was expected before. After the last token nothing more can come (nor
+    after one that was cut off at the limit), so V(s_{T+1}) = 0; a critic's output on padding must not take its place.
     """
     values = torch.where(mask, values, 0)
     next_values = F.pad(values[:, 1:], (0, 1))  # shifted left by one, 0 at the end                     # [B,T]
@@ -933,11 +936,15 @@ def td_residuals(rewards, values, mask, gamma: float):
 def gae(rewards, values, mask, gamma: float, lam: float):
     """Advantages and returns, both [B,T].
 
-    A_t = sum_b (gamma*lambda)^b delta_{t+b}, computed backwards:  A_t = delta_t + gamma*lambda * A_{t+1}
+    The advantage of token t: how much better things went from there on than the critic expected. Above 0, step 6 makes
+    the token likelier; below 0, less likely. So V(s_t) is the baseline: good is what beats the expectation.
+
+    A_t = sum_k (gamma*lambda)^k delta_{t+k}, computed backwards:  A_t = delta_t + gamma*lambda * A_{t+1}
     G_t = A_t + V(s_t)
 
     lambda = 0 is the TD residual (little variance, but it believes the critic), lambda = 1 is Monte Carlo: the rewards
     that really came, less V(s_t) (unbiased, but noisy) (T2). Between them lies the usual compromise, 0.95.
+    G_t is the sum of the rewards still to come only if lambda = 1; below that, the critic's later values are mixed in.
     The returns are taken here, from raw advantages: whitened ones would give the critic a target in foreign units.
     """
     deltas = td_residuals(rewards, values, mask, gamma)
@@ -995,8 +1002,8 @@ def collect_rollout(actor, reference, score_fn, prompts: list[str], cfg: Config,
 # ======================================================================================================================
 # 5  Phase II: learn from the rollout (step 6)
 #
-#    The rollout was expensive, so it is used several times. But it was drawn from the old policy, and the advantages
-#    are estimates that hold near that policy: the ratio corrects for the first, clipping guards the second (T3, B).
+#    The rollout was expensive, so it is used several times. But its tokens were drawn from the old policy: the ratio
+#    corrects for that. And its advantages hold only near the old policy: clipping keeps the new one there (T3, B).
 # ======================================================================================================================
 def policy_loss(log_probs, old_log_probs, advantages, mask, clip_eps: float):
     """PPO's clipped surrogate (S6; Schulman et al. 2017, eq. 7): tensors [B,T] -> (loss, clip_fraction), scalars.
@@ -1009,7 +1016,8 @@ def policy_loss(log_probs, old_log_probs, advantages, mask, clip_eps: float):
         A > 0, rho >  1+eps   far enough: gradient zero        A < 0, rho <  1-eps   far enough: gradient zero
     Why the min? When rho has moved the wrong way (A > 0, rho < 1-eps, or A < 0, rho > 1+eps), clip alone would have
     gradient zero too, and the mistake could not be undone.
-    clip_fraction is the share of tokens whose gradient the clip has made zero.
+    clip_fraction is the share of tokens whose gradient the clip has made zero. It is a brake, not a wall: other tokens
+    share the weights, and Adam has momentum.
     """
     ratio = torch.exp(torch.where(mask, log_probs - old_log_probs, 0))                                  # [B,T]
     surrogate = ratio * advantages
@@ -1020,7 +1028,8 @@ def policy_loss(log_probs, old_log_probs, advantages, mask, clip_eps: float):
 def value_loss(values, returns, mask, old_values=None, value_clip: float | None = None):
     """The critic's loss (S6, L8): L_V = 1/2 mean_t (V(s_t) - G_t)^2; tensors [B,T] -> scalar.
 
-    With value_clip, V may move at most that far from old_values, and the worse of both errors counts.
+    With value_clip, the worse of two errors counts: that of V, and that of V held within value_clip of old_values.
+    A value that has moved further than that towards G_t gets no gradient.
     """
     error = torch.where(mask, values - returns, 0) ** 2                                                 # [B,T]
     if value_clip is not None:
@@ -1037,20 +1046,22 @@ def update_policy(actor, optimizer, rollout: Rollout, cfg: Config) -> dict[str, 
     Returns the metrics' means over all updates; first_log_ratio is the mean |log rho| of the first minibatch,
     before any step: rounding (below 1e-5), or something is wrong with the old log-probs.
     """
-    def loss(actor, rows):
-        mask, old_log_probs = rollout.mask[rows], rollout.log_probs[rows]
-        log_probs, values, logits = read_replies(actor, [x[rows] for x in rollout.batch], cfg.temperature)
-        pg_loss, clip_fraction = policy_loss(log_probs, old_log_probs, rollout.advantages[rows], mask, cfg.clip_eps)
-        v_loss = value_loss(values, rollout.returns[rows], mask, rollout.values[rows], cfg.value_clip)
-        mean_entropy = masked_mean(entropy(logits if cfg.ent_coef else logits.detach()), mask)  # V is large: saves time
+    def loss(actor, index):  # index: which replies
+        mask, old_log_probs = rollout.mask[index], rollout.log_probs[index]
+        log_probs, values, logits = read_replies(actor, [x[index] for x in rollout.batch], cfg.temperature)
+        pg_loss, clip_fraction = policy_loss(log_probs, old_log_probs, rollout.advantages[index], mask, cfg.clip_eps)
+        v_loss = value_loss(values, rollout.returns[index], mask, rollout.values[index], cfg.value_clip)
+        # Entropy that is only reported needs no gradient: over a large vocabulary, that saves time.
+        mean_entropy = masked_mean(entropy(logits if cfg.ent_coef else logits.detach()), mask)
         log_ratio = torch.where(mask, log_probs - old_log_probs, 0).detach()
         return pg_loss + cfg.vf_coef * v_loss - cfg.ent_coef * mean_entropy, mask.sum(), {
             "policy_loss": pg_loss, "value_loss": v_loss, "entropy": mean_entropy, "clip_fraction": clip_fraction,
-            "approx_kl": masked_mean(log_ratio.exp() - 1 - log_ratio, mask),  # of KL(pi_old || pi); never negative
+            # estimates KL(pi_old || pi): E[rho - 1] is 0, so it changes no mean, and no term is negative
+            "approx_kl": masked_mean(log_ratio.exp() - 1 - log_ratio, mask),
             "first_log_ratio": masked_mean(log_ratio.abs(), mask)}
 
-    history = [descend(actor, optimizer, loss, rows, cfg) for _ in range(cfg.ppo_epochs)
-               for rows in torch.randperm(len(rollout.mask), device=rollout.mask.device).chunk(cfg.minibatches)]
+    history = [descend(actor, optimizer, loss, index, cfg) for _ in range(cfg.ppo_epochs)
+               for index in torch.randperm(len(rollout.mask), device=rollout.mask.device).chunk(cfg.minibatches)]
     means = {name: sum(update[name] for update in history) / len(history) for name in history[0]}
     return means | {"first_log_ratio": history[0]["first_log_ratio"]}
 
@@ -1058,7 +1069,8 @@ def update_policy(actor, optimizer, rollout: Rollout, cfg: Config) -> dict[str, 
 def explained_variance(values, returns, mask) -> float:
     """1 - Var(G - V) / Var(G) over real tokens: 1 a perfect critic, 0 no better than a constant, below 0 worse.
 
-    values are those of Phase I: what the critic said before it learned from these returns.
+    values are those of Phase I: what the critic said before it learned from these returns. With lambda below 1 it is
+    flattered, for G contains its own later values: compare runs of one lambda only.
     """
     return 1 - moments(returns - values, mask)[1] / max(moments(returns, mask)[1], 1e-8)
 
@@ -1091,22 +1103,24 @@ def describe(rollouts: list[Rollout], kl_coef: float) -> list[dict]:
 # The main columns of metrics.csv, and what they do in a healthy run:
 #   reward, objective    rise quickly, then flatten; objective = reward - beta * kl is what PPO maximises
 #   human                follows the reward. If it falls while the reward rises, the reward model is being fooled (P1)
-#   kl                   0 at first, rises to a few nats and stays. If it keeps rising, beta is too small (P2)
+#   kl                   per reply: 0 at first, then a few nats, and stays. If it keeps rising, beta is too small (P2)
 #   validation           the objective on held-out prompts, every eval_every cycles
 #   entropy              falls, not to 0 at once: then nothing is tried any more
 #   clip_fraction        0 to 0.2. Much more: lr or ppo_epochs too large
-#   approx_kl            to the *old* policy, per token: how far one cycle moves, well below 0.1
+#   approx_kl            to the *old* policy, per token, mean over the cycle's updates: well below 0.1
 #   first_log_ratio      below 1e-5 in float32: otherwise the old log-probs are wrong
 #   policy_loss          jitters around 0 and means little: its sampling distribution changes with every cycle
 #   value_loss           falls
 #   explained_variance   rises from 0 while replies differ in quality; once nearly all are good, little is left to
-#                        explain, and it wanders about 0
+#                        explain: low and unsteady
 SHOWN = {"cycle": "5.0f", "reward": "7.3f", "human": "6.2f", "kl": "6.2f", "objective": "9.3f", "entropy": "7.3f",
          "clip_fraction": "13.3f", "explained_variance": "18.2f", "reply_length": "12.1f", "seconds": "7.2f"}
 
 
 def train_ppo(actor, reference, score_fn, prompts: dict[str, list[str]], cfg: Config) -> list[dict]:
     """Cycles of Phase I and Phase II (L1). Trains `actor`, and leaves in it the weights that validated best (L6).
+
+    Of policies that validated equally well, the latest. SFT is no candidate: a bad reward can lead below it.
 
     Returns the metrics, a dict per cycle: the rows of metrics.csv.
     """
@@ -1135,8 +1149,9 @@ def train_ppo(actor, reference, score_fn, prompts: dict[str, list[str]], cfg: Co
             reseed(cfg, "validation")  # the same random numbers every time: what differs is the policy
             table = evaluate(actor, reference, score_fn, prompts["validation"], 16, cfg, kl_coef)
             metrics["validation"] = means(table)["objective"]
-            # Ahead by less than two standard errors is luck: then the later policy is kept, which has learned longer.
-            # Objectives under different betas cannot be compared at all: while beta adapts, the latest is kept.
+            # Ahead by less than two standard errors may be luck: then the later policy is kept, which learned longer.
+            # (A cycle without validation has NaN, and NaN > x is False.) Objectives under different betas cannot be
+            # compared at all: while beta adapts, the latest is kept.
             luck = 2 * pstdev(line["objective"] for line in table) / len(table) ** 0.5
             if cfg.kl_target is not None or not any(row["validation"] > metrics["validation"] + luck for row in log):
                 best.load_state_dict(actor.state_dict())
@@ -1164,13 +1179,13 @@ def write_metrics(log: list[dict], cfg: Config):
 # ======================================================================================================================
 # 7  Report: what each stage did to the replies, and how much of the possible PPO reached
 #
-#    All on test prompts, which no stage has seen and no choice was made by. That the reward rises is no proof that PPO
-#    is right: with many a bug it rises too, only a little less. So the report also says what the best policy could have
-#    reached, and how much of that way PPO has gone.
+#    All on test prompts, which no stage has seen and by which no run chooses anything (only the defaults were chosen by
+#    them). That the reward rises is no proof that PPO is right: with many a bug it rises too, only a little less. So
+#    the report also says what the best policy could have reached, and how much of that way PPO has gone.
 # ======================================================================================================================
 def evaluate(actor, reference, score_fn, prompts: list[str], N: int, cfg: Config, kl_coef: float) -> list[dict]:
     """Phase I without Phase II: N replies to each of the first 20 prompts (see `describe`), N after N."""
-    cfg = replace(cfg, whiten_rewards=False, whiten_advantages=False)  # means over all processes, each with other parts
+    cfg = replace(cfg, whiten_rewards=False, whiten_advantages=False)  # whitening would wait for other processes
     asked = share([prompt for prompt in prompts[:20] for _ in range(N)])
     return describe([collect_rollout(actor, reference, score_fn, part, cfg, kl_coef)
                      for part in chunks(asked, 4 * cfg.micro_batch_size)], kl_coef)
@@ -1416,7 +1431,7 @@ def main(argv=None):
     if cfg.reward == "model":
         reward_model = stage("reward_model", RewardModel, cfg, seconds, lambda: train_reward_model(sft, data, cfg))
         score_fn = frozen(reward_model).score
-    reference, policy = frozen(sft), sft
+    reference, policy = frozen(sft), sft  # from here on, what `sft` names is trained
     quality = reward_model_quality(score_fn, reference, data, cfg)
     log = train_ppo(policy, reference, score_fn, data.prompts, cfg)
     kl_coef = log[-1]["kl_coef"] if log else cfg.kl_coef

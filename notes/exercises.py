@@ -89,7 +89,7 @@ def table(columns, rows):
     columns = {name: COLUMNS.get(name, (name, 6 if "error" in name else 2)) for name in columns.split(", ")}
     lines = [["", *(title for title, _ in columns.values())], ["---"] * (len(columns) + 1)]
     for label, seen in rows.items():
-        lines.append([label, *(f"{seen[name]:.{digits}f}".replace("nan", "") for name, (_, digits) in columns.items())])
+        lines.append([label, *(f"{round(seen[name], digits) + 0.0:.{digits}f}".replace("nan", "") for name, (_, digits) in columns.items())])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -245,7 +245,7 @@ def no_early_end(actor, prompt_ids, prompt_mask, max_new_tokens, eos_id, *args):
     steps = itertools.count()
 
     def sample(logits, temperature=1.0):
-        forbidden = logits.index_fill(1, torch.tensor(eos_id), -math.inf)
+        forbidden = logits.index_fill(1, torch.tensor(eos_id, device=logits.device), -math.inf)
         return sample_tokens(forbidden if next(steps) < 16 else logits, temperature)
 
     with patch.object(ppo, "sample_tokens", sample):
@@ -296,12 +296,16 @@ K = 8  # as --replies_per_prompt
 
 
 def group_baseline(rewards, values, mask, gamma, lam):
+    if len(rewards) == 1:  # the X-ray of the report: one reply is no group
+        return gae(rewards, values, mask, gamma, lam)
     total = rewards.sum(dim=1).view(-1, K)  # the replies to one prompt stand side by side
     advantage = (total - total.mean(dim=1, keepdim=True)) / (total.std(dim=1, keepdim=True) + 1e-4)
     return torch.where(mask, advantage.view(-1, 1), 0), values  # nothing for the critic to learn
 
 
 def leave_one_out(rewards, values, mask, gamma, lam):
+    if len(rewards) == 1:
+        return gae(rewards, values, mask, gamma, lam)
     total = rewards.sum(dim=1).view(-1, K)
     others = (total.sum(dim=1, keepdim=True) - total) / (K - 1)
     return torch.where(mask, (total - others).view(-1, 1), 0), values
