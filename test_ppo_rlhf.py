@@ -1755,6 +1755,20 @@ def test_every_exercise_runs(run):
     assert done.returncode == 0 and done.stdout.count("| --- |") == 20, done.stderr[-2000:]
 
 
+def test_the_experiments_page_holds_every_topic_prediction_and_variant():
+    script, text = runpy.run_path(str(HERE / "notes/experiments.py")), (HERE / "notes/experiments.md").read_text("utf-8")
+    sections = {section.split("\n")[0]: section for section in text.split("\n## ")}
+    for key, topic in script["TOPICS"].items():
+        section = sections[f"{topic.title} ({topic.ids})"]
+        assert f"python notes/experiments.py run {key}\n" in section and topic.claim in section
+        rows = {*topic.beside.split(), *topic.variants} - {"gradients"}  # whose rows are the estimates it compares
+        assert all(f"\n| {name} | " in section for name in rows)
+        for name, measure, sign, other in map(str.split, topic.expect.split(";")):
+            row = f"| {measure} of {name} {script['SIGNS'][sign]} {other} | "
+            assert row in section and row in sections["All verdicts"].replace(f"| {topic.ids} ", "")
+    assert all((HERE / "notes" / figure).is_file() for figure in re.findall(r"\]\((figures/\w+\.png)\)", text))
+
+
 def test_the_curves_are_drawn(run, tmp_path):
     pytest.importorskip("matplotlib", reason="only notes/plot.py needs it")
     for flags in [run], [run, run, "--healthy"]:

@@ -26,7 +26,7 @@ import re
 import sys
 import tempfile
 import time
-from collections import namedtuple
+from collections import Counter, namedtuple
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -596,7 +596,8 @@ def run(names, options):
 # ======================================================================================================================
 Measure = namedtuple("Measure", "least digits meaning")  # the least difference that matters, digits shown, what it is
 MEASURES = {
-    "fraction": Measure(0.01, 3, "of the way from SFT to J*, on test prompts; only where J* is that of the default"),
+    "fraction": Measure(0.01, 3, "of the way from SFT to J*, on test prompts, below -1 taken as -1 (else one run that "
+                        "exploded would hide all others); only where J* is that of the default"),
     "early": Measure(0.1, 2, "human score of the replies of the first 10 cycles: speed"),
     "human": Measure(0.1, 2, "the human's points on test prompts, 4 at best"),
     "reward": Measure(0.1, 2, "what PPO sees, on test prompts, in standard deviations of SFT's replies"),
@@ -634,8 +635,9 @@ def measures(record, base):
     flags, swap = VARIANTS[record["variant"]]
     j, j_sft, j_star = report["ppo"]["objective"], sft["objective"], base["report"]["optimum"]["objective"]
     tail = [row["reward"] for row in curve[-10:] if "reward" in row]
+    same_optimum = OTHER_OPTIMUM.isdisjoint({*flags, *swap}) and swap.get("train_ppo") not in (best_of_n, gradients)
     return report["ppo"] | report["reward_model"] | {
-        "fraction": (j - j_sft) / (j_star - j_sft) if OTHER_OPTIMUM.isdisjoint({*flags, *swap}) else math.nan,
+        "fraction": max((j - j_sft) / (j_star - j_sft), -1.0) if same_optimum else math.nan,
         "early": average(curve[:10], "human"), "swing": stdev(tail) if len(tail) > 1 else math.nan,
         "entropy": average(curve[-5:], "entropy"), "critic": average(curve[1:10], "explained_variance"),
         "ratio_error": average(curve, "first_log_ratio"), "clipped": average(curve, "clip_fraction"),
@@ -691,7 +693,7 @@ COLOURS = ["#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#5
 
 
 def draw_curves(plt, topic, curves):
-    """A panel for each of the topic's columns; mean over the seeds, and their standard deviation as a band."""
+    """A panel for each of the topic's columns, cut at -2; mean over the seeds, their standard deviation as a band."""
     figure, panels = plt.subplots(1, len(topic.curves.split()), figsize=(5 * len(topic.curves.split()), 3.6))
     for ax, column in zip([panels] if topic.curves.isidentifier() else panels, topic.curves.split()):
         for i, name in enumerate(name for name in ("default", *topic.variants) if name in curves):
@@ -700,7 +702,7 @@ def draw_curves(plt, topic, curves):
             cycles, style = range(1, len(center) + 1), ["-", "--", "-.", ":"][i % 4]
             ax.plot(cycles, center, style, color=COLOURS[i], label=name)
             ax.fill_between(cycles, center - spread, center + spread, color=COLOURS[i], alpha=0.15, linewidth=0)
-        ax.set(xlabel="cycle", ylabel=column.replace("_", " "))
+        ax.set(xlabel="cycle", ylabel=column.replace("_", " "), ylim=(max(ax.get_ylim()[0], -2), None))
     ax.legend(fontsize=8)
     return figure
 
@@ -814,10 +816,13 @@ def page(results, records, figures):
     judgements = [[topic.ids, *row] for topic in TOPICS.values() for row in judged(topic, results)]
     yield INTRODUCTION.format(runs=len(records), seeds=len({record["seed"] for record in records}),
                               minutes=sum(record["seconds"] for record in records) / 60, predictions=len(judgements))
-    yield "## All verdicts\n\n" + table(["ids", "expected", "difference", "verdict"], judgements)
+    counts = Counter(row[-1] for row in judgements)
+    yield "## All verdicts\n\n" + ", ".join(f"{count} times {name}" for name, count in counts.most_common()) + ".\n\n"
+    yield table(["ids", "expected", "difference", "verdict"], judgements)
     yield "\n![Every variant's difference from the default](figures/overview.png)\n"
     for key, topic in TOPICS.items():
-        rows = [name for name in dict.fromkeys([*topic.beside.split(), *topic.variants]) if name in results]
+        rows = [name for name in dict.fromkeys([*topic.beside.split(), *topic.variants])
+                if any(seeds_of(results, name, measure) for measure in topic.measures.split())]
         yield f"\n## {topic.title} ({topic.ids})\n\n{topic.claim}\n\n    python notes/experiments.py run {key}\n\n"
         yield table(["", *topic.measures.split()], ([name, *(cell(results, name, x) for x in topic.measures.split())]
                                                     for name in rows))
