@@ -1752,7 +1752,7 @@ def test_every_exercise_has_its_text_and_one_table():
 def test_every_exercise_runs(run):
     script = [sys.executable, HERE / "notes/exercises.py", "all", "--init_from", run, "--cycles", "1"]
     done = subprocess.run(script, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.count("| --- |") == 20, done.stderr[-2000:]
+    assert done.returncode == 0 and done.stdout.count("\n| --- |") == 20, done.stderr[-2000:]
 
 
 def test_the_experiments_page_holds_every_topic_prediction_and_variant():
