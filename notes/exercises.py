@@ -356,7 +356,7 @@ def best_policy(scores, beta):
 
 def exercise_19():
     rows = {}
-    for beta in 0.5, 0.2, 0.1:
+    for beta in 2, 0.5, 0.2, 0.1:
         reward, kl = best_policy(sft_scores(), beta)
         j_star, size = ppo.optimum(sft_scores(), beta)
         rows[f"pi*, beta {beta}"] = {"reward": reward, "kl": kl, "objective": reward - beta * kl, "beta log Z": j_star,
