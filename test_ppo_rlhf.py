@@ -1171,14 +1171,15 @@ def test_every_stage_samples_replies_to_its_own_prompts_only(tmp_path, monkeypat
     monkeypatch.setattr(ppo, "reseed", lambda cfg, stage: now.append(stage) or reseed(cfg, stage))
     monkeypatch.setattr(ppo, "sample_replies", lambda actor, prompts, cfg:
                         seen.setdefault(now[-1], []).extend(prompts) or sample(actor, prompts, cfg))
-    ppo.main([*TINY, "--replies_per_prompt", "2", "--out", str(tmp_path / "run")])
+    # 32 prompts in 2 cycles: were they drawn from all, the chance that none is held out would be 1 in 700
+    ppo.main([*TINY, "--batch_size", "32", "--replies_per_prompt", "2", "--out", str(tmp_path / "run")])
     splits = {name: set(prompts) for name, prompts in ppo.split(ppo.WORLD_PROMPTS).items()}
     wanted = {"rankings": "train", "normalization": "train", "reward model quality": "validation", "PPO 0": "train",
               "PPO 1": "train", "validation": "validation", "report": "test"}
     for stage, name in wanted.items():
         assert set(seen[stage]) <= splits[name], stage
     first = seen["PPO 0"]
-    assert len(first) == 8 and first[::2] == first[1::2] and len(set(first)) > 1 and seen["PPO 1"] != first
+    assert len(first) == 32 and first[::2] == first[1::2] and len(set(first)) > 1 and seen["PPO 1"] != first
     assert set(seen["validation"]) == splits["validation"] and now.count("validation") == 2 and len(seen) == 8
 
 
