@@ -447,7 +447,7 @@ def join(prompt_ids, prompt_mask, reply_ids, reply_mask):
 
 
 class HeadedModel(nn.Module):
-    """What all of them are: a causal language model of any architecture, and a small head on its last layer."""
+    """What actor and reward model are: a causal language model of any architecture, and a small head on top of it."""
 
     def __init__(self, lm, tokenizer=None, cfg: Config = Config()):
         super().__init__()
@@ -1016,7 +1016,7 @@ def policy_loss(log_probs, old_log_probs, advantages, mask, clip_eps: float):
         A > 0, rho >  1+eps   far enough: gradient zero        A < 0, rho <  1-eps   far enough: gradient zero
     Why the min? When rho has moved the wrong way (A > 0, rho < 1-eps, or A < 0, rho > 1+eps), clip alone would have
     gradient zero too, and the mistake could not be undone.
-    clip_fraction is the share of tokens whose gradient the clip has made zero. It is a brake, not a wall: other tokens
+    clip_fraction is the share of tokens whose gradient the clip has made zero: a brake, not a wall, since other tokens
     share the weights, and Adam has momentum.
     """
     ratio = torch.exp(torch.where(mask, log_probs - old_log_probs, 0))                                  # [B,T]
