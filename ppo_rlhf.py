@@ -29,6 +29,7 @@ articles; notes/guide.md names the five articles, A to E, and lists the ids. One
 """
 import copy
 import csv
+import ctypes
 import json
 import math
 import os
@@ -91,7 +92,7 @@ class Config:
     reward: str = HfArg(default="model", help="model | human | classifier (folder, hub id) | file.py:f. (L4)")
     model: str = HfArg(default="tiny", help="tiny, or a causal language model: a folder, or a hub id such as gpt2.")
     n_layer: int = HfArg(default=2, help="Layers of tiny, 1 to 12. More: better text, slower. GPT-2 has 12.")
-    n_embd: int = HfArg(default=128, help="Width of tiny, a multiple of n_head. GPT-2 has 768.")
+    n_embd: int = HfArg(default=96, help="Width of tiny, a multiple of n_head. GPT-2 has 768.")
     n_head: int = HfArg(default=4, help="Attention heads per layer of tiny. GPT-2 has 12.")
     # Stages 0 to 2
     pretrain_steps: int = HfArg(default=250, help="Updates in stage 0 (only tiny has one). Fewer: clumsy English. (L2)")
@@ -378,8 +379,9 @@ def load_data(own: dict[str, list[list[Row]]], cfg: Config) -> Data:
     written = own["demos"] + own["preferences"]
     practice = dict.fromkeys(rows[0].prompt for rows in own["prompts"] or written) or WORLD_PROMPTS
     splits = split([*practice, *(rows[0].prompt for rows in written)])
-    train, held_out = ({flag: [rows for rows in lines if (rows[0].prompt in splits["train"]) == kept]
-                        for flag, lines in own.items()} for kept in (True, False))
+    seen = set(splits["train"])
+    train, held_out = ({flag: [rows for rows in lines if (rows[0].prompt in seen) == wanted]
+                        for flag, lines in own.items()} for wanted in (True, False))
     for flag in own:
         check(train[flag] or not getattr(cfg, flag), f"--{flag} leaves nothing to train on; give 6 or more different "
               f"prompts, with replies that differ in their first {cfg.max_new_tokens} tokens")
@@ -553,7 +555,7 @@ def base_model(own: dict[str, list[list[Row]]], cfg: Config) -> ActorCritic:
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     return ActorCritic(GPT2LMHeadModel(GPT2Config(
         vocab_size=len(tokenizer), n_positions=256, n_layer=cfg.n_layer, n_embd=cfg.n_embd, n_head=cfg.n_head,
-        activation_function="gelu_pytorch_tanh",  # GPT-2's own function, fused: a quarter faster than "gelu_new"
+        activation_function="gelu",               # GPT-2 has an approximation of it, which takes a PC far longer
         initializer_range=0.08,                   # GPT-2's 0.02 suits a width of 768; narrow models want more
         bos_token_id=eos, eos_token_id=eos, pad_token_id=pad)), tokenizer, cfg)
 
@@ -1405,7 +1407,19 @@ def leave_processes():
         dist.destroy_process_group()
 
 
+def keep_memory():
+    """Let this process keep the memory of tensors it no longer needs, for the next ones (Linux).
+
+    Else large tensors go back to the system, and come again page by page: a quarter of an update at GPT-2's size.
+    """
+    with suppress(AttributeError, OSError, TypeError):  # no such function: another system
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 1 << 30)    # M_MMAP_THRESHOLD: what is smaller than 1 GiB comes from the process's own heap,
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and that shrinks only when 2 GiB of it are free
+
+
 def main(argv=None):
+    keep_memory()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     logging.get_logger("huggingface_hub").setLevel("ERROR")  # its retries without a network would be 8 lines of noise

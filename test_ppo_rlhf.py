@@ -962,8 +962,8 @@ def test_two_processes_compute_what_one_computes(workers, rollout):
     assert torch.allclose(one["white"], torch.cat([x["white"] for x in two]), atol=1e-5)
     for other in two:
         assert all(torch.allclose(a, b, atol=1e-5, rtol=1e-4) for a, b in zip(one["grads"], other["grads"]))
-        # Adam blows up rounding
-        assert all((a - b).abs().mean() < 1e-4 for a, b in zip(one["weights"], other["weights"]))
+        # The median: a bias of attention's keys has no gradient but rounding, and Adam blows that up to full steps.
+        assert all((a - b).abs().median() < 1e-6 for a, b in zip(one["weights"], other["weights"]))
         assert other["variance"] == pytest.approx(one["variance"], rel=1e-4)
     assert all(torch.equal(a, b) for a, b in zip(two[0]["weights"], two[1]["weights"]))
 
@@ -993,7 +993,8 @@ def same_results(a, b):
             assert (a / name / file).read_bytes() == (b / name / file).read_bytes(), (name, file)
 
 
-@pytest.mark.parametrize("save,half_written", [(2, False), (3, True), (5, False), (8, True), (10, False), (12, True)])
+@pytest.mark.parametrize("save,half_written", [(3, True), (8, True), (10, False), *(
+    pytest.param(*case, marks=slow) for case in ((2, False), (5, False), (12, True)))])
 def test_a_run_killed_while_saving_and_resumed_ends_as_if_not(run, save, half_written, tmp_path, monkeypatch):
     """With --save_every 1, after config.json come each stage's state and folder, and the cycles' metrics and states."""
     replace, count = os.replace, [0]
@@ -1457,7 +1458,7 @@ def words(prompts, replies, finished): return ["good"] * len(replies)
 # The message must name the last flag, or what stands after =>. F is the folder of the files above, R a finished run.
 WRONG_CALLS = """
 --cycle 3 | --out | --lr | --lr fast | --lr 0 | --lr -1 | --lr nan | --lr inf | --sft_lr 0 | --rm_lr inf | --lr 1e999
---n_layer 2.5 | --n_layer 0 | --n_layer -1 | --n_embd 0 | --n_head 0 | --n_head 3 | --seed -1 | --seed one | --seed 1e3
+--n_layer 2.5 | --n_layer 0 | --n_layer -1 | --n_embd 0 | --n_head 0 | --n_head 7 | --seed -1 | --seed one | --seed 1e3
 --pretrain_steps -1 | --sft_steps -1 | --rm_steps -1 | --rm_steps 1.5 | --cycles -1 | --cycles nan | --rankings 0
 --label_noise -1 | --label_noise inf | --save_every 0 | --eval_every 0 | --optimum_samples 0 | --micro_batch_size 0
 --batch_size 0 | --batch_size -8 | --replies_per_prompt 0 | --replies_per_prompt 3 | --minibatches 0 | --minibatches 3
@@ -1538,8 +1539,8 @@ def test_a_wrong_call_says_so_in_one_line_and_writes_nothing(call, wrong, run, t
     assert "pretraining:" not in capsys.readouterr().out and time.process_time() - start < 10
 
 
-@pytest.mark.parametrize("call", ["--gamma 2", "--reward F/rewards.py:fails", *(
-    pytest.param(call, marks=slow) for call in ("--cycle 3", "--prompts F/half.jsonl", "--resume F/no_run"))])
+@pytest.mark.parametrize("call", ["--reward F/rewards.py:fails", *(pytest.param(call, marks=slow) for call in (
+    "--gamma 2", "--cycle 3", "--prompts F/half.jsonl", "--resume F/no_run"))])
 def test_a_wrong_command_exits_with_2_and_one_line(call, wrong, run, tmp_path):
     script, flags = HERE / "ppo_rlhf.py", flags_of_call(call, wrong, run, tmp_path)
     done = subprocess.run([sys.executable, script, *flags], capture_output=True, text=True)

@@ -96,8 +96,8 @@ def matrix_rate() -> float:
 
 # ---- What runs in a process of its own -------------------------------------------------------------------------------
 def make_lm(attention: str, vocab: int, **shape) -> GPT2LMHeadModel:
-    """A GPT-2 as the script would have it: with --model tiny, the activation is fused; with GPT-2's own, it is not."""
-    activation = "gelu_new" if vocab == 50257 else "gelu_pytorch_tanh"
+    """A GPT-2 as the script would have it: exact GELU for the small ones, for GPT-2's own size what GPT-2 has."""
+    activation = "gelu_new" if vocab == 50257 else "gelu"
     return GPT2LMHeadModel(GPT2Config(vocab_size=vocab, n_positions=1024, activation_function=activation,
                                       attn_implementation=attention, **shape)).eval()
 
@@ -224,6 +224,7 @@ def main():
     args = parser.parse_args()
     if args.worker:
         kind, *what = json.loads(args.worker)
+        ppo.keep_memory()  # as the script does; for the bare calls too
         return print("RESULT", json.dumps(KINDS[kind](*what)))
 
     kinds, details = ["ours", "bare"] + ["peer"] * bool(args.peer), []
