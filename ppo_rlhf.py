@@ -54,6 +54,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import (AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2Tokenizer,
                           get_cosine_schedule_with_warmup, pipeline)
@@ -432,8 +433,11 @@ def encode(model, rows: list[Row]):
     room = model.cfg.max_new_tokens  # sampled text with half a character in it can come back as more tokens than it was
     ids = {"left": [prompt or [eos] for prompt in tokenizer(prompts).input_ids],
            "right": [reply[:room - done] + [eos] * done for reply, done in zip(replies, finished)]}
-    padded = [tokenizer.pad({"input_ids": ids[side]}, padding_side=side, return_tensors="pt") for side in ids]
-    tensors = [x for batch in padded for x in (batch.input_ids.long(), batch.attention_mask.bool())]
+    tensors = []
+    for side, texts in ids.items():
+        texts = [torch.tensor(text, dtype=torch.long) for text in texts]
+        for x, padding in (texts, tokenizer.pad_token_id), ([torch.ones_like(x).bool() for x in texts], False):
+            tensors.append(pad_sequence(x, batch_first=True, padding_value=padding, padding_side=side))
     return tuple(x.to(model.lm.device) for x in tensors)
 
 
@@ -457,6 +461,7 @@ class HeadedModel(nn.Module):
         self.tokenizer, self.cfg = tokenizer, cfg
         if cfg.gradient_checkpointing:
             lm.activation_checkpointing_enable()
+        self.checkpointed = [layer for layer in lm.modules() if getattr(layer, "gradient_checkpointing", False)]
         width = lm.config.get_text_config().hidden_size
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, 1))
         for parameter in self.head[-1].parameters():
@@ -467,9 +472,8 @@ class HeadedModel(nn.Module):
 
     def read(self, ids, mask, positions, keep: int, **options):
         """The library's output for tokens ids [B,L]: logits at the last `keep` positions, and what options ask for."""
-        for layer in self.lm.modules():  # the library recomputes activations in training mode only: switch that on for
-            if getattr(layer, "gradient_checkpointing", False):  # the layer itself, not for the dropout inside it
-                layer.training = torch.is_grad_enabled()
+        for layer in self.checkpointed:  # the library recomputes activations in training mode only: switch that on
+            layer.training = torch.is_grad_enabled()  # for the layer itself, not for the dropout inside it
         # bfloat16 for the language model, on a GPU; what is computed from its output stays in float32 (R3)
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.cfg.bf16 and "cuda" in self.cfg.device):
             return self.lm(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=keep, **options)
@@ -613,7 +617,9 @@ STOP = []  # not empty: Ctrl-C was pressed; holds how to go on
 def reseed(cfg: Config, stage: str) -> random.Random:
     """Seed torch, and return a random stream, for a stage or one step of it: what was skipped changes nothing."""
     rng = random.Random(f"{stage} {cfg.seed}")
-    torch.manual_seed(rng.getrandbits(63) + RANK)  # processes sample different replies, to the prompts of one list
+    seed = rng.getrandbits(63) + RANK  # processes sample different replies, to the prompts of one list
+    for generator in torch.default_generator, *torch.cuda.default_generators:  # torch.manual_seed takes a millisecond
+        generator.manual_seed(seed)
     return rng
 
 
@@ -818,28 +824,29 @@ def sample_tokens(logits, temperature: float = 1.0):
 def generate(actor, prompt_ids, prompt_mask, max_new_tokens: int, eos_id: int, pad_id: int, temperature: float = 1.0):
     """Sample one reply to each prompt: a_t ~ pi(. | s_t), s_{t+1} = s_t + a_t, until EOS or the limit (S1, L5).
 
-    Keys and values of earlier tokens stay in a cache: each step feeds one new token, not the whole text again.
-    Stops when every reply has ended; eos_id=-1 never stops.
+    Keys and values of earlier tokens stay in a cache: each step feeds one new token, not the whole text again. A reply
+    that has ended leaves the batch. Stops when all have; eos_id=-1 never stops.
 
     Args: prompt_ids, prompt_mask [B,P], padded on the left.
     Returns: reply_ids [B,T] (pad_id after EOS), mask [B,T]; T is the longest reply of the batch.
     """
-    ids, attention = prompt_ids, prompt_mask.long()
+    ids, attention, cache = prompt_ids, prompt_mask.long(), None
     positions = (attention.cumsum(dim=1) - 1).clamp(min=0)
-    running = torch.ones(len(ids), dtype=torch.bool, device=ids.device)  # replies without EOS so far
-    cache, replies, masks = None, [], []
-    for _ in range(max_new_tokens):
+    reply_ids = torch.full((len(ids), max_new_tokens), pad_id, device=ids.device)                       # [B,T]
+    mask = torch.zeros_like(reply_ids, dtype=torch.bool)                                                # [B,T]
+    rows = torch.arange(len(ids), device=ids.device)  # the replies without EOS so far: R of B
+    for t in range(max_new_tokens):
         out = actor.read(ids, attention, positions, keep=1, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-        tokens = torch.where(running, sample_tokens(out.logits[:, -1], temperature), pad_id)            # [B]
-        replies.append(tokens)
-        masks.append(running)  # before the next line: EOS itself is a real token, the policy chose it
-        running = running & (tokens != eos_id)
-        if not running.any():
+        tokens, cache = sample_tokens(out.logits[:, -1], temperature), out.past_key_values              # [R]
+        reply_ids[rows, t], mask[rows, t] = tokens, True  # EOS is a real token too: the policy chose it
+        running = (tokens != eos_id).nonzero().squeeze(1)
+        if len(running) == 0:
             break
-        ids, positions = tokens.unsqueeze(1), positions[:, -1:] + 1
-        attention = torch.cat([attention, masks[-1].long().unsqueeze(1)], dim=1)
-    return torch.stack(replies, dim=1), torch.stack(masks, dim=1)                                       # [B,T] [B,T]
+        if len(running) < len(rows):
+            cache.batch_select_indices(running)
+        rows, ids, positions = rows[running], tokens[running].unsqueeze(1), positions[running, -1:] + 1
+        attention = F.pad(attention[running], (0, 1), value=1)
+    return reply_ids[:, :t + 1], mask[:, :t + 1]
 
 
 def sample_replies(actor, prompts: list[str], cfg: Config):
@@ -1407,19 +1414,19 @@ def leave_processes():
         dist.destroy_process_group()
 
 
-def keep_memory():
-    """Let this process keep the memory of tensors it no longer needs, for the next ones (Linux).
-
-    Else large tensors go back to the system, and come again page by page: a quarter of an update at GPT-2's size.
-    """
-    with suppress(AttributeError, OSError, TypeError):  # no such function: another system
+def tune_process():
+    """What makes this process faster, and changes no result."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # for few short texts, threads only get in torch's way
+    # Keep the memory of old tensors for new ones. Else large tensors go back to the system, and come again page by
+    # page: a quarter of an update at GPT-2's size. Only the C library of Linux has this; other systems go without.
+    with suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 1 << 30)    # M_MMAP_THRESHOLD: what is smaller than 1 GiB comes from the process's own heap,
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and that shrinks only when 2 GiB of it are free
 
 
 def main(argv=None):
-    keep_memory()
+    tune_process()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     logging.get_logger("huggingface_hub").setLevel("ERROR")  # its retries without a network would be 8 lines of noise

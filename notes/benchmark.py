@@ -224,7 +224,7 @@ def main():
     args = parser.parse_args()
     if args.worker:
         kind, *what = json.loads(args.worker)
-        ppo.keep_memory()  # as the script does; for the bare calls too
+        ppo.tune_process()  # as the script does; for the bare calls too
         return print("RESULT", json.dumps(KINDS[kind](*what)))
 
     kinds, details = ["ours", "bare"] + ["peer"] * bool(args.peer), []
