@@ -573,8 +573,9 @@ def token_log_probs(logits, tokens):
 
 
 def entropy(logits):
-    """H(pi(. | s_t)) = log sum_v exp(z_v) - sum_v pi_v z_v, in nats: logits z [B,T,V] -> [B,T]."""
-    return logits.logsumexp(dim=-1) - (logits.softmax(dim=-1) * logits.clamp(min=-1e9)).sum(dim=-1)  # 0 * -inf: NaN
+    """H(pi(. | s_t)) = -sum_v pi_v log pi_v, in nats: logits [B,T,V] -> [B,T]."""
+    log_probs = logits.log_softmax(dim=-1).clamp(min=-1e9)  # 0 * -inf would be NaN                     # [B,T,V]
+    return -(log_probs.exp() * log_probs).sum(dim=-1)
 
 
 def masked_mean(x, mask):
@@ -676,12 +677,13 @@ def descend(model, optimizer, loss_fn, batch, cfg: Config) -> dict[str, float]:
         (loss * count).backward()
         sums.append((torch.stack([torch.ones_like(loss), loss, *metrics.values()]) * count).tolist())
     count, *sums = (sum(column) for column in zip(*gather(sums)))
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    gradients = [p.grad for p in parameters]
     if WORLD > 1:
         dist.all_reduce(flat := nn.utils.parameters_to_vector(gradients))
         nn.utils.vector_to_parameters(flat, gradients)
     torch._foreach_div_(gradients, count)
-    norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
+    norm = nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
     check(norm.isfinite(), "loss or gradient is infinite or NaN; try a lower learning rate")
     optimizer.step()
     return dict(zip(["loss", *metrics], (x / count for x in sums)))
@@ -843,9 +845,9 @@ def generate(actor, prompt_ids, prompt_mask, max_new_tokens: int, eos_id: int, p
         if len(running) == 0:
             break
         if len(running) < len(rows):
+            rows, tokens, positions, attention = (x[running] for x in (rows, tokens, positions, attention))
             cache.batch_select_indices(running)
-        rows, ids, positions = rows[running], tokens[running].unsqueeze(1), positions[running, -1:] + 1
-        attention = F.pad(attention[running], (0, 1), value=1)
+        ids, positions, attention = tokens.unsqueeze(1), positions[:, -1:] + 1, F.pad(attention, (0, 1), value=1)
     return reply_ids[:, :t + 1], mask[:, :t + 1]
 
 
