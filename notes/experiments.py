@@ -785,6 +785,11 @@ expected sign; where the claim is that nothing changes, the whole interval lies 
 seen, where nothing was to change or with the other sign. *No effect seen here*: all else, be there none or too little
 for so few seeds. One interval in twenty misses the truth, and there are {predictions} predictions: build on none alone.
 
+**Of which version.** These runs are of 21 November 2026. Since then the default model became narrower (width 96 in place
+of 128) and computes GELU exactly, and replies that have ended leave the sampling batch; PPO and its settings are as
+they were. The numbers would differ a little, and a verdict close to its border could; twenty seeds of the default run
+as it is now are in [trust.md](trust.md).
+
 **What may not carry over.** This is a model of two layers in a world of a few dozen sentences. Its SFT model samples
 good replies already, and learning is a matter of a minute. Whatever helps against noise, instability
 or forgetting has little to do here. A claim confirmed here has a cause that a small model shows too; one that is not

@@ -43,9 +43,9 @@ def main():
     table = {name: [report[part][key] for report in reports] for name, (part, key) in COLUMNS.items()}
     print("| seed | " + " | ".join(table) + " |\n|---" + "|---" * len(table) + "|")
     for seed, row in enumerate(zip(*table.values())):
-        print(f"| {seed} | " + " | ".join(f"{x:.3f}" for x in row) + " |")
+        print(f"| {seed} | " + " | ".join(f"{x:#.3g}" for x in row) + " |")
     for name, statistic in (("minimum", min), ("median", median), ("maximum", max)):
-        print(f"| **{name}** | " + " | ".join(f"{statistic(column):.3f}" for column in table.values()) + " |")
+        print(f"| **{name}** | " + " | ".join(f"{statistic(column):#.3g}" for column in table.values()) + " |")
     print(f"\n{sum(x < 0.98 for x in table['fraction'])} of {len(reports)} seeds below 98% of the optimum")
 
 
