@@ -170,9 +170,9 @@ def friendly(prompts, replies, finished):
 
 def exercise_8():
     rows = {"SFT": measure(load("sft", settings()), settings(), friendly)}
-    for beta in "1", "0.1", "0":
-        rows[f"`--kl_coef {beta}`"] = seen = train(f"--kl_coef {beta}", friendly)
-        print(f"    beta {beta}:", seen["replies"][0])
+    for flags in "--kl_coef 1", "--kl_coef 0.1", "--kl_coef 0", "--kl_coef 0 --cycles 60 --eval_every 60":
+        rows[f"`{flags}`".replace(" --eval_every 60", "")] = seen = train(flags, friendly)
+        print(f"    {flags}:", seen["replies"][0])
     return table("reward, human, kl, reply_length, finished", rows)
 
 
@@ -376,19 +376,22 @@ def dpo_loss(model, pairs, reference, beta):
 
 
 def exercise_20():
-    cfg, reward_model = settings(), load("reward_model", settings())
-    actor, rng = load("sft", cfg), ppo.reseed(cfg, "pairs")
-    reference, prompts = ppo.frozen(actor), ppo.split(ppo.WORLD_PROMPTS)["train"]
-    pairs = ppo.sample_groups(actor, rng.choices(prompts, k=2000), 2, cfg)
+    cfg, reward_model, rows = settings(), load("reward_model", settings()), {"PPO": train()}
+    reference, rng = ppo.frozen(load("sft", cfg)), ppo.reseed(cfg, "pairs")
+    prompts = ppo.split(ppo.WORLD_PROMPTS)["train"]
+    pairs = ppo.sample_groups(reference, rng.choices(prompts, k=2000), 2, cfg)
     for pair in pairs:  # Bradley-Terry: the better one is preferred with probability sigmoid(difference)
         first, second = ppo.rate(reward_model.score, pair, cfg.missing_eos_penalty)
         if rng.random() > 1 / (1 + math.exp(second - first)):
             pair.reverse()
     updates = cfg.cycles * cfg.ppo_epochs * cfg.minibatches  # as many as PPO's, on as many replies each
-    with contextlib.redirect_stdout(io.StringIO()):
-        ppo.minimize(actor, lambda model, pairs: dpo_loss(model, pairs, reference, cfg.kl_coef), pairs,
-                     cfg.batch_size // cfg.minibatches // 2, updates, cfg.lr, "DPO", cfg)
-    return table("human, reward, kl, objective, way", {"PPO": train(), "DPO": measure(actor, cfg, reward_model.score)})
+    for lr in 3e-4, 1e-4:
+        actor = load("sft", cfg)
+        with contextlib.redirect_stdout(io.StringIO()):
+            ppo.minimize(actor, lambda model, pairs: dpo_loss(model, pairs, reference, cfg.kl_coef), pairs,
+                         cfg.batch_size // cfg.minibatches // 2, updates, lr, "DPO", cfg)
+        rows[f"DPO, learning rate {lr:g}"] = measure(actor, cfg, reward_model.score)
+    return table("human, reward, kl, objective, way", rows)
 
 
 # ======================================================================================================================
