@@ -436,8 +436,9 @@ def encode(model, rows: list[Row]):
     tensors = []
     for side, texts in ids.items():
         texts = [torch.tensor(text, dtype=torch.long) for text in texts]
-        for x, padding in (texts, tokenizer.pad_token_id), ([torch.ones_like(x).bool() for x in texts], False):
-            tensors.append(pad_sequence(x, batch_first=True, padding_value=padding, padding_side=side))
+        masks = [torch.ones_like(text).bool() for text in texts]
+        for part, padding in (texts, tokenizer.pad_token_id), (masks, False):
+            tensors.append(pad_sequence(part, batch_first=True, padding_value=padding, padding_side=side))
     return tuple(x.to(model.lm.device) for x in tensors)
 
 
@@ -559,7 +560,7 @@ def base_model(own: dict[str, list[list[Row]]], cfg: Config) -> ActorCritic:
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     return ActorCritic(GPT2LMHeadModel(GPT2Config(
         vocab_size=len(tokenizer), n_positions=256, n_layer=cfg.n_layer, n_embd=cfg.n_embd, n_head=cfg.n_head,
-        activation_function="gelu",               # GPT-2 has an approximation of it, which takes a PC far longer
+        activation_function="gelu",               # GPT-2 has an approximation of it that takes a CPU longer
         initializer_range=0.08,                   # GPT-2's 0.02 suits a width of 768; narrow models want more
         bos_token_id=eos, eos_token_id=eos, pad_token_id=pad)), tokenizer, cfg)
 
