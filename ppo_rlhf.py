@@ -436,9 +436,8 @@ def encode(model, rows: list[Row]):
     tensors = []
     for side, texts in ids.items():
         texts = [torch.tensor(text, dtype=torch.long) for text in texts]
-        masks = [torch.ones_like(text).bool() for text in texts]
-        for part, padding in (texts, tokenizer.pad_token_id), (masks, False):
-            tensors.append(pad_sequence(part, batch_first=True, padding_value=padding, padding_side=side))
+        padded = pad_sequence(texts, batch_first=True, padding_value=-1, padding_side=side)  # no token is -1
+        tensors += [padded.masked_fill(padded < 0, tokenizer.pad_token_id), padded >= 0]
     return tuple(x.to(model.lm.device) for x in tensors)
 
 
@@ -849,7 +848,7 @@ def generate(actor, prompt_ids, prompt_mask, max_new_tokens: int, eos_id: int, p
             rows, tokens, positions, attention = (x[running] for x in (rows, tokens, positions, attention))
             cache.batch_select_indices(running)
         ids, positions, attention = tokens.unsqueeze(1), positions[:, -1:] + 1, F.pad(attention, (0, 1), value=1)
-    return reply_ids[:, :t + 1], mask[:, :t + 1]
+    return reply_ids[:, :t + 1], mask[:, :t + 1]                                                        # [B,T] [B,T]
 
 
 def sample_replies(actor, prompts: list[str], cfg: Config):

@@ -956,14 +956,16 @@ def workers(world, rollout, tmp_path_factory):
     return results[1][0], results[2]
 
 
-def test_two_processes_compute_what_one_computes(workers, rollout):
+def test_two_processes_compute_what_one_computes(world, workers, rollout):
     one, two = workers
     assert one["texts"] == two[0]["texts"] == two[1]["texts"] == [row.reply for row in rollout.rows]
     assert torch.allclose(one["white"], torch.cat([x["white"] for x in two]), atol=1e-5)
     for other in two:
         assert all(torch.allclose(a, b, atol=1e-5, rtol=1e-4) for a, b in zip(one["grads"], other["grads"]))
-        # The median: a bias of attention's keys has no gradient but rounding, and Adam blows that up to full steps.
-        assert all((a - b).abs().median() < 1e-6 for a, b in zip(one["weights"], other["weights"]))
+        for (name, _), *weights in zip(world[1].named_parameters(), one["weights"], other["weights"]):
+            if name.endswith("c_attn.bias"):  # the keys' has no gradient but rounding, and Adam blows that up
+                weights = [torch.cat(x.chunk(3)[::2]) for x in weights]  # queries and values
+            assert (weights[0] - weights[1]).abs().mean() < 1e-6, name
         assert other["variance"] == pytest.approx(one["variance"], rel=1e-4)
     assert all(torch.equal(a, b) for a, b in zip(two[0]["weights"], two[1]["weights"]))
 
