@@ -30,6 +30,7 @@ articles; notes/guide.md names the five articles, A to E, and lists the ids. One
 import copy
 import csv
 import ctypes
+import gc
 import json
 import math
 import os
@@ -677,7 +678,7 @@ def descend(model, optimizer, loss_fn, batch, cfg: Config) -> dict[str, float]:
         (loss * count).backward()
         sums.append((torch.stack([torch.ones_like(loss), loss, *metrics.values()]) * count).tolist())
     count, *sums = (sum(column) for column in zip(*gather(sums)))
-    parameters = [p for p in model.parameters() if p.grad is not None]
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     gradients = [p.grad for p in parameters]
     if WORLD > 1:
         dist.all_reduce(flat := nn.utils.parameters_to_vector(gradients))
@@ -1419,6 +1420,7 @@ def leave_processes():
 def tune_process():
     """What makes this process faster, and changes no result."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # for few short texts, threads only get in torch's way
+    gc.freeze()  # the libraries' objects stay to the end: looking through them for garbage then takes a second
     # Keep the memory of old tensors for new ones. Else large tensors go back to the system, and come again page by
     # page: a quarter of an update at GPT-2's size. Only the C library of Linux has this; other systems go without.
     with suppress(AttributeError, OSError, TypeError):
