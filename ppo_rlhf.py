@@ -71,9 +71,9 @@ class Config:
     """One field, one flag: `lr` is set by --lr.
 
     The defaults were chosen by the fraction of the optimum reached on several seeds (section 7); notes/experiments.md
-    turns each knob of PPO alone. They are the usual ones, but for advantages that are not whitened and the critic's own
-    head (see ActorCritic). kl_coef counts in standard deviations of SFT's reward; compare it with the betas of other
-    papers with care.
+    turns most knobs of PPO, one at a time. They are the usual ones, but for advantages that are not whitened and the
+    critic's own head (see ActorCritic). kl_coef counts in standard deviations of SFT's reward; compare it with the
+    betas of other papers with care.
     """
 
     # The run
@@ -81,9 +81,9 @@ class Config:
     seed: int = HfArg(default=0, help="Same seed and machine: same results. Try several before you believe one.")
     device: str = HfArg(default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 ...")
     bf16: bool = HfArg(default=True, help="On a GPU, let the models compute in bfloat16; a CPU never does. (R3)")
-    micro_batch_size: int = HfArg(default=64, help="Replies in one pass, 1 to 64. Less memory, same gradient. (R2)")
+    micro_batch_size: int = HfArg(default=64, help="Replies read at once, in stage 2 rankings. Less memory. (R2)")
     gradient_checkpointing: bool = HfArg(default=False, help="Much less memory for a third more time in training.")
-    save_every: int = HfArg(default=10, help="Save for --resume after so many cycles, or 50 times as many updates.")
+    save_every: int = HfArg(default=10, help="Save after so many cycles; in stages 0 to 2, 50 times as many updates.")
     resume: str = HfArg(default="", help="Folder of a run that was stopped: go on where it was last saved.")
     init_from: str = HfArg(default="", help="Folder of an earlier run: its settings and models; repeat only PPO.")
     talk: str = HfArg(default="", help="Folder of a finished run: type a line, see what each of its models replies.")
@@ -124,7 +124,7 @@ class Config:
     # PPO: the losses
     clip_eps: float = HfArg(default=0.2, help="epsilon, 0.1 to 0.3: beyond it, a token is pushed no further. (S6, P3)")
     vf_coef: float = HfArg(default=0.5, help="c_V, 0.1 to 1. Hardly matters here: the critic shares no weights. (S6)")
-    value_clip: float | None = HfArg(default=None, help="If given, no more push on a value that moved so far: 0.2.")
+    value_clip: float | None = HfArg(default=None, help="If given (0.2, say), a value that moved so far is left alone.")
     ent_coef: float = HfArg(default=0.0, help="c_ent, 0 to 0.01: reward for staying undecided. 0.1: babble. (S6)")
     # Sampling and evaluation
     temperature: float = HfArg(default=0.7, help="Of sampling and log-probs, 0.7 to 1. Low: no exploration. (L5)")
@@ -181,7 +181,8 @@ def parse_config(argv=None) -> Config:
             saved = asdict(Config(**json.loads((Path(run) / "config.json").read_text())))
             parser.set_defaults(**(saved := saved | {"out": given.resume, flag: run}))
             parser.parse_args([])  # its values must be such as the command line could have given
-        kept = saved if given.resume else chain(*(KEPT[folder] for folder in KEPT if Path(run, folder).is_dir()))
+        kept = chain(*(KEPT[folder] for folder in KEPT if Path(run, folder).is_dir()))
+        kept = saved.keys() - {"device"} if given.resume else kept
     elif given.model != "tiny":
         parser.set_defaults(**REAL_MODEL)
     cfg = Config(**vars(parser.parse_args(argv)))
@@ -194,13 +195,15 @@ def parse_config(argv=None) -> Config:
     for whole, part in ("n_embd", "n_head"), ("batch_size", "replies_per_prompt"), ("batch_size", "minibatches"):
         a, b = getattr(cfg, whole), getattr(cfg, part) * (WORLD if part == "minibatches" else 1)
         check(a % b == 0, f"--{whole} {a} must be a multiple of {b} (--{part}, in each of the processes)")
-    check(not cfg.init_from or Path(cfg.init_from, "sft/heads.safetensors").is_file(),
+    check(not given.init_from or Path(cfg.init_from, "sft/heads.safetensors").is_file(),
           f"--init_from {cfg.init_from} has no SFT model; name the folder of a run that got so far")
-    check(cfg.reward != "human" or not (cfg.prompts or cfg.demos or cfg.preferences),
+    check(cfg.reward != "human" or not (cfg.prompts or cfg.demos or cfg.preferences or cfg.talk),
           "--reward human knows the built-in prompts only; for your own data leave it out, or name another --reward")
     check(cfg.reward != "model" or cfg.preferences or not cfg.demos,
           "--demos without --preferences leave the reward model nothing to learn from; add them, or another --reward")
     with explain(f"--device {cfg.device} cannot be used; try --device cpu", RuntimeError, AssertionError, TypeError):
+        if WORLD > 1 and cfg.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # from here on, "cuda" is this process's own GPU (R1)
         torch.zeros(1, dtype=torch.double, device=cfg.device).item()
     return cfg
 
@@ -362,15 +365,16 @@ def split(prompts) -> dict[str, list[str]]:
     """Different prompts: of every eleven one for the final test, one for validation, nine to train on (L6).
 
     Two held-out sets, because validation chooses the policy that is kept: measured on the same prompts, the choice
-    would flatter the result. No dice: --init_from cannot let a test prompt into training, and prompts that stand
-    together because they are alike lose the same share. (At random, some words lost three of their five prompts.)
+    would flatter the result. No dice: with the same files, --init_from cannot let a test prompt into training; and
+    prompts that stand together because they are alike lose the same share. (At random, some words lost three of five.)
     """
     prompts = list(dict.fromkeys(prompts))
     train = [prompt for i, prompt in enumerate(prompts) if i % 11 not in (0, 5)]
     return {"test": prompts[::11], "validation": prompts[5::11], "train": train}
 
 
-# What the stages learn from; no prompt of "validation" or "test" occurs in any of them.
+# What the stages learn from; no prompt of "validation" or "test" occurs in any of them (unless you take built-in ones
+# for --prompts: the world's own texts are divided by all of them).
 #   prompts   PPO's, by split                  texts     rows for stage 0          demos   rows for stage 1
 #   rankings  for stage 2; none: the simulated human ranks SFT's replies            held_out  rankings to measure with
 Data = namedtuple("Data", "prompts texts demos rankings held_out")
@@ -427,13 +431,13 @@ def encode(model, rows: list[Row]):
     """Rows -> what every model reads: prompt_ids, prompt_mask [B,P], padded left; reply_ids, mask [B,T], padded right.
 
     Prompt and reply are encoded apart, so that the border between them always falls between two tokens. A finished
-    reply ends with EOS; an empty prompt becomes EOS.
+    reply ends with EOS if there is room; an empty prompt becomes EOS.
     """
     tokenizer, (prompts, replies, finished) = model.tokenizer, map(list, zip(*rows))
     eos, replies = tokenizer.eos_token_id, tokenizer(replies, add_special_tokens=False).input_ids
     room = model.cfg.max_new_tokens  # sampled text with half a character in it can come back as more tokens than it was
     ids = {"left": [prompt or [eos] for prompt in tokenizer(prompts).input_ids],
-           "right": [reply[:room - done] + [eos] * done for reply, done in zip(replies, finished)]}
+           "right": [(reply + [eos] * done)[:room] for reply, done in zip(replies, finished)]}
     tensors = []
     for side, texts in ids.items():
         texts = [torch.tensor(text, dtype=torch.long) for text in texts]
@@ -463,12 +467,14 @@ class HeadedModel(nn.Module):
         if cfg.gradient_checkpointing:
             lm.activation_checkpointing_enable()
         self.checkpointed = [layer for layer in lm.modules() if getattr(layer, "gradient_checkpointing", False)]
-        width = lm.config.get_text_config().hidden_size
+        for layer in self.checkpointed:  # `read` will have them in training mode, in which some drop out by themselves
+            vars(layer).update({name: 0.0 for name, x in vars(layer).items() if "drop" in name and type(x) is float})
+        width = lm.get_output_embeddings().weight.shape[1]
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, 1))
         for parameter in self.head[-1].parameters():
             nn.init.zeros_(parameter)  # the first value is 0, the mean of a normalised reward (N5)
         self.to(cfg.device)
-        for parameter in self.parameters() if WORLD > 1 else ():  # random so far, differently in every process (R1)
+        for parameter in self.parameters() if WORLD > 1 else ():  # what is random differs from process to process (R1)
             dist.broadcast(parameter.data, 0)
 
     def read(self, ids, mask, positions, keep: int, **options):
@@ -506,7 +512,7 @@ class ActorCritic(HeadedModel):
 
 
 class RewardModel(HeadedModel):
-    """A language model whose head reads one score per reply, at its last token: EOS (N4).
+    """A language model whose head reads one score per reply, at its last token: EOS, unless it was cut off (N4).
 
     Only there has the model seen the whole reply; attention looks back, never ahead.
     """
@@ -537,6 +543,7 @@ def load_pretrained(source: str | Path):
         lm = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, trust_remote_code=False)
         check({"position_ids", "logits_to_keep"} <= signature(lm.forward).parameters.keys(),
               "this architecture takes no position_ids or logits_to_keep")
+        check(tokenizer("a").input_ids[-1:] != [tokenizer.eos_token_id], "its tokenizer ends prompts, too, with EOS")
     tokenizer.add_special_tokens({"eos_token": tokenizer.eos_token or "<eos>"})
     if tokenizer.pad_token in (None, tokenizer.eos_token):
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
@@ -647,7 +654,7 @@ def resumable(steps: int, stage: str, save_every: int, parts: dict, log: list, c
     settings = asdict(cfg) | dict.fromkeys(("out", "resume", "device"))
     if cfg.resume and path.exists():
         with explain(f"{path} is damaged, or not of this run; without it, the stage would begin anew", Exception):
-            state = torch.load(path, map_location=cfg.device, weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
             check(state["settings"] == settings, "its settings differ from config.json")
             if state["stage"] == stage:
                 first, log[:] = state["step"], state["log"]
@@ -680,9 +687,8 @@ def descend(model, optimizer, loss_fn, batch, cfg: Config) -> dict[str, float]:
     count, *sums = (sum(column) for column in zip(*gather(sums)))
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     gradients = [p.grad for p in parameters]
-    if WORLD > 1:
-        dist.all_reduce(flat := nn.utils.parameters_to_vector(gradients))
-        nn.utils.vector_to_parameters(flat, gradients)
+    for gradient in gradients if WORLD > 1 else ():
+        dist.all_reduce(gradient)
     torch._foreach_div_(gradients, count)
     norm = nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
     check(norm.isfinite(), "loss or gradient is infinite or NaN; try a lower learning rate")
@@ -774,7 +780,8 @@ def normalize(model, rows: list[Row]):
 
 def train_reward_model(sft, data: Data, cfg: Config) -> RewardModel:
     """Stage 2: rankings -> a model that can score any reply. It starts from the SFT model (C)."""
-    rankings = data.rankings or label_rankings(sft, split(WORLD_PROMPTS)["train"], cfg, reseed(cfg, "rankings"))
+    rng = reseed(cfg, "rankings")
+    rankings = data.rankings or label_rankings(sft, split(WORLD_PROMPTS)["train"], cfg, rng)
     model = RewardModel(copy.deepcopy(sft.lm), sft.tokenizer, cfg)
     minimize(model, reward_model_loss, rankings, 4, cfg.rm_steps, cfg.rm_lr, "reward model", cfg)
     prompts = reseed(cfg, "normalization").choices(data.prompts["train"], k=640)
@@ -847,7 +854,7 @@ def generate(actor, prompt_ids, prompt_mask, max_new_tokens: int, eos_id: int, p
             break
         if len(running) < len(rows):
             rows, tokens, positions, attention = (x[running] for x in (rows, tokens, positions, attention))
-            cache.batch_select_indices(running)
+            cache.reorder_cache(running)
         ids, positions, attention = tokens.unsqueeze(1), positions[:, -1:] + 1, F.pad(attention, (0, 1), value=1)
     return reply_ids[:, :t + 1], mask[:, :t + 1]                                                        # [B,T] [B,T]
 
@@ -936,8 +943,8 @@ def token_rewards(log_probs, ref_log_probs, scores, mask, kl_coef: float):
 def td_residuals(rewards, values, mask, gamma: float):
     """delta_t = r_t + gamma * V(s_{t+1}) - V(s_t)        all [B,T]
 
-    What came plus what is expected now, less what was expected before. After the last token nothing more can come (nor
-    after one that was cut off at the limit), so V(s_{T+1}) = 0; a critic's output on padding must not take its place.
+    What came plus what is expected now, less what was expected before. After a reply's last token nothing more can come
+    (cut off at the limit or not), so there V(s_{t+1}) = 0; a critic's output on padding must not take its place.
     """
     values = torch.where(mask, values, 0)
     next_values = F.pad(values[:, 1:], (0, 1))  # shifted left by one, 0 at the end                     # [B,T]
@@ -956,7 +963,7 @@ def gae(rewards, values, mask, gamma: float, lam: float):
 
     lambda = 0 is the TD residual (little variance, but it believes the critic), lambda = 1 is Monte Carlo: the rewards
     that really came, less V(s_t) (unbiased, but noisy) (T2). Between them lies the usual compromise, 0.95.
-    G_t is the sum of the rewards still to come only if lambda = 1; below that, the critic's later values are mixed in.
+    G_t is the (discounted) sum of the rewards to come only if lambda = 1; below, the critic's later values mix in.
     The returns are taken here, from raw advantages: whitened ones would give the critic a target in foreign units.
     """
     deltas = td_residuals(rewards, values, mask, gamma)
@@ -1050,6 +1057,11 @@ def value_loss(values, returns, mask, old_values=None, value_clip: float | None 
     return 0.5 * masked_mean(error, mask)
 
 
+def means(table: list[dict]) -> dict[str, float]:
+    """The mean of each column of numbers; "reply" is a text."""
+    return {name: sum(line[name] for line in table) / len(table) for name in table[0] if name != "reply"}
+
+
 def update_policy(actor, optimizer, rollout: Rollout, cfg: Config) -> dict[str, float]:
     """Phase II: ppo_epochs passes over the rollout, in shuffled minibatches; each takes one step on
 
@@ -1074,8 +1086,7 @@ def update_policy(actor, optimizer, rollout: Rollout, cfg: Config) -> dict[str, 
 
     history = [descend(actor, optimizer, loss, index, cfg) for _ in range(cfg.ppo_epochs)
                for index in torch.randperm(len(rollout.mask), device=rollout.mask.device).chunk(cfg.minibatches)]
-    means = {name: sum(update[name] for update in history) / len(history) for name in history[0]}
-    return means | {"first_log_ratio": history[0]["first_log_ratio"]}
+    return means(history) | {"first_log_ratio": history[0]["first_log_ratio"]}
 
 
 def explained_variance(values, returns, mask) -> float:
@@ -1124,7 +1135,7 @@ def describe(rollouts: list[Rollout], kl_coef: float) -> list[dict]:
 #   policy_loss          jitters around 0 and means little: its sampling distribution changes with every cycle
 #   value_loss           falls
 #   explained_variance   rises from 0 while replies differ in quality; once nearly all are good, little is left to
-#                        explain: low and unsteady
+#                        explain: unsteady
 SHOWN = {"cycle": "5.0f", "reward": "7.3f", "human": "6.2f", "kl": "6.2f", "objective": "9.3f", "entropy": "7.3f",
          "clip_fraction": "13.3f", "explained_variance": "18.2f", "reply_length": "12.1f", "seconds": "7.2f"}
 
@@ -1196,16 +1207,11 @@ def write_metrics(log: list[dict], cfg: Config):
 #    the report also says what the best policy could have reached, and how much of that way PPO has gone.
 # ======================================================================================================================
 def evaluate(actor, reference, score_fn, prompts: list[str], N: int, cfg: Config, kl_coef: float) -> list[dict]:
-    """Phase I without Phase II: N replies to each of the first 20 prompts (see `describe`), N after N."""
+    """Phase I without Phase II: N replies to each of the first 20 prompts, prompt by prompt; see `describe`."""
     cfg = replace(cfg, whiten_rewards=False, whiten_advantages=False)  # whitening would wait for other processes
     asked = share([prompt for prompt in prompts[:20] for _ in range(N)])
     return describe([collect_rollout(actor, reference, score_fn, part, cfg, kl_coef)
                      for part in chunks(asked, 4 * cfg.micro_batch_size)], kl_coef)
-
-
-def means(table: list[dict]) -> dict[str, float]:
-    """The mean of everything that is a number in the lines of `describe`."""
-    return {name: sum(line[name] for line in table) / len(table) for name in table[0] if name != "reply"}
 
 
 def reward_model_quality(score_fn, sft, data: Data, cfg: Config) -> dict[str, float]:
@@ -1378,6 +1384,7 @@ def load_reward(cfg: Config):
             return runpy.run_path(file)[function]
         classify = pipeline("text-classification", cfg.reward, device=cfg.device, function_to_apply="none",
                             truncation=True)
+        classify.tokenizer.truncation_side = "left"  # of a long text, the reply must be seen
         label = classify.model.config.id2label[classify.model.config.num_labels - 1]
 
     def score(prompts, replies, finished):
@@ -1402,11 +1409,8 @@ def talk(cfg: Config):
 
 
 def join_processes(cfg: Config):
-    """Under torchrun, find the other processes; each takes a GPU of its own (R1)."""
+    """Under torchrun, find the other processes (R1)."""
     if WORLD > 1:
-        if cfg.device == "cuda":
-            cfg.device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(cfg.device)
         dist.init_process_group("nccl" if cfg.device.startswith("cuda") else "gloo")
 
 
@@ -1420,7 +1424,7 @@ def leave_processes():
 def tune_process():
     """What makes this process faster, and changes no result."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # for few short texts, threads only get in torch's way
-    gc.freeze()  # the libraries' objects stay to the end: looking through them for garbage then takes a second
+    gc.freeze()  # the libraries' objects stay: to look through them for garbage at the end takes a second
     # Keep the memory of old tensors for new ones. Else large tensors go back to the system, and come again page by
     # page: a quarter of an update at GPT-2's size. Only the C library of Linux has this; other systems go without.
     with suppress(AttributeError, OSError, TypeError):
@@ -1454,8 +1458,8 @@ def main(argv=None):
     pretrained = stage("pretrain", ActorCritic, cfg, seconds, lambda: pretrain(base, data.texts, cfg))
     sft = stage("sft", ActorCritic, cfg, seconds, lambda: finetune(pretrained, data.demos, cfg))
     if cfg.reward == "model":
-        reward_model = stage("reward_model", RewardModel, cfg, seconds, lambda: train_reward_model(sft, data, cfg))
-        score_fn = frozen(reward_model).score
+        score_fn = frozen(stage("reward_model", RewardModel, cfg, seconds,
+                                lambda: train_reward_model(sft, data, cfg))).score
     reference, policy = frozen(sft), sft  # from here on, what `sft` names is trained
     quality = reward_model_quality(score_fn, reference, data, cfg)
     log = train_ppo(policy, reference, score_fn, data.prompts, cfg)

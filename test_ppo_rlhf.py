@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
@@ -25,8 +26,10 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")  # no test
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import (AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2ForSequenceClassification,
-                          GPT2LMHeadModel, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config)
+                          GPT2LMHeadModel, Lfm2Config, LlamaConfig, OPTConfig, PreTrainedTokenizerFast, Qwen2Config)
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import ppo_rlhf as ppo
 
@@ -364,7 +367,7 @@ def test_a_reply_is_finished_only_by_its_own_eos(world):
     assert 0 < sum(row.finished for row in rows) and mask.any(0).all()
 
 
-def test_a_reply_sampled_in_the_middle_of_characters_still_fits_into_the_model(world):
+def test_a_reply_sampled_in_the_middle_of_characters_still_fits_into_the_model(world, monkeypatch):
     """Half a character becomes U+FFFD as text, three bytes: encoded again, the reply is longer than it was sampled."""
     tokenizer, actor, reward_model, prompts = world
     half = tokenizer("é").input_ids[0]
@@ -373,7 +376,13 @@ def test_a_reply_sampled_in_the_middle_of_characters_still_fits_into_the_model(w
     for finished in (True, False):
         reply_ids, mask = ppo.encode(reward_model, [ppo.Row(prompts[0], reply, finished)])[2:]
         assert mask.sum() == reward_model.cfg.max_new_tokens
-        assert (reply_ids[0, -1] == tokenizer.eos_token_id) == finished
+        assert reply_ids[0, -1] != tokenizer.eos_token_id
+    row = ppo.Row(prompts[0], "one two three four five six seven eight nine", True)
+    for room in range(2, 30):
+        monkeypatch.setattr(actor, "cfg", ppo.replace(actor.cfg, max_new_tokens=room))
+        reply_ids, mask = ppo.encode(actor, [row])[2:]
+        whole = len(tokenizer(row.reply).input_ids) < room
+        assert (reply_ids[0, -1] == tokenizer.eos_token_id) == whole, "EOS in mid-sentence teaches to stop there"
 
 
 # ---- Invariant 10 ----------------------------------------------------------------------------------------------------
@@ -780,13 +789,15 @@ def test_a_classifier_with_its_own_tokenizer_is_a_reward(world, labels, tmp_path
     torch.manual_seed(0)
     model = GPT2ForSequenceClassification(GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_layer=1, n_embd=16,
                                                      n_head=2, num_labels=labels, pad_token_id=tokenizer.pad_token_id))
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.model_max_length = 64
     model.save_pretrained(tmp_path / "judge"), tokenizer.save_pretrained(tmp_path / "judge")
     score_fn = ppo.load_reward(small_config("--reward", str(tmp_path / "judge")))
-    prompts, replies = ["I feel sad.\n", "Hello\n"], ["Call a friend.", "No."]
-    with torch.no_grad():
-        expected = [model.eval()(torch.tensor([tokenizer(p + r).input_ids])).logits[0, -1].item()
+    prompts, replies = ["I feel sad.\n", "Hello\n", "Hello " * 99 + "\n"], ["Call a friend.", "No.", "No."]
+    with torch.no_grad():  # of a text that is too long, the end: there is the reply
+        expected = [model.eval()(torch.tensor([tokenizer(p + r).input_ids[-64:]])).logits[0, -1].item()
                     for p, r in zip(prompts, replies)]
-    assert score_fn(prompts, replies, [True, True]) == pytest.approx(expected, abs=1e-4)
+    assert score_fn(prompts, replies, [True, True, True]) == pytest.approx(expected, abs=1e-4)
 
 
 # ---- Real models -----------------------------------------------------------------------------------------------------
@@ -795,7 +806,12 @@ CONFIGS = {"gpt2": lambda **ids: GPT2Config(n_positions=128, n_layer=1, n_embd=3
                                               num_attention_heads=2, max_position_embeddings=128),
            "qwen2": lambda **ids: Qwen2Config(hidden_size=32, intermediate_size=48, num_hidden_layers=2, **ids,
                                               num_attention_heads=2, num_key_value_heads=1,
-                                              max_position_embeddings=128)}
+                                              max_position_embeddings=128),
+           "opt": lambda **ids: OPTConfig(hidden_size=32, word_embed_proj_dim=16, ffn_dim=48, num_hidden_layers=2,
+                                          num_attention_heads=2, max_position_embeddings=128, dropout=0.5, **ids),
+           "lfm2": lambda **ids: Lfm2Config(hidden_size=32, intermediate_size=48, num_hidden_layers=2, **ids,
+                                            num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=128,
+                                            layer_types=["conv", "full_attention"])}
 
 
 def save_foreign_model(folder, architecture, tokenizer, pad):
@@ -820,6 +836,18 @@ def test_any_causal_language_model_runs_the_whole_pipeline(world, architecture, 
     assert max(tokenizer.pad_token_id, tokenizer.eos_token_id) < lm.get_input_embeddings().num_embeddings
     assert json.loads((tmp_path / "run" / "config.json").read_text())["lr"] == ppo.REAL_MODEL["lr"]
     assert all(float(row["first_log_ratio"]) < 1e-5 for row in read_metrics(tmp_path / "run"))
+
+
+def test_a_tokenizer_that_ends_prompts_is_refused(world, tmp_path):
+    tokenizer = save_foreign_model(tmp_path, "llama", world[0], "missing")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, eos_token="<eos>", pad_token="<pad>")
+    for ends in (False, True):
+        if ends:
+            tokenizer._tokenizer.post_processor = TemplateProcessing(
+                single="$A <eos>", special_tokens=[("<eos>", tokenizer.eos_token_id)])
+        tokenizer.save_pretrained(tmp_path)
+        with pytest.raises(ppo.UserError, match="ends prompts") if ends else nullcontext():
+            ppo.load_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)
@@ -879,8 +907,7 @@ def test_gradient_checkpointing_gives_the_same_gradient_and_dropout_stays_off(ar
     for flags in ([], ["--gradient_checkpointing"]):
         actor = ppo.ActorCritic(copy.deepcopy(lm), cfg=small_config(*flags))
         actor.lm.base_model.register_forward_hook(lambda *_: None)
-        layer = next(m for m in actor.lm.modules() if hasattr(m, "gradient_checkpointing") and type(m) is not type(lm)
-                     and type(m) is not type(lm.base_model))
+        layer = next(m for m in actor.lm.modules() if isinstance(m, GradientCheckpointingLayer))
         count = []
         list(layer.children())[0].register_forward_hook(lambda *_, count=count: count.append(1))
         ppo.masked_mean(ppo.token_log_probs(actor(*batch)[0], batch[2]), batch[3]).backward()
@@ -1167,6 +1194,16 @@ def test_every_stage_trains_a_model_of_its_own(world):
     ppo.train_reward_model(actor, data, cfg)
     assert all(torch.equal(a, b) for a, b in zip(before.values(), actor.state_dict().values()))
     assert not all(torch.equal(a, b) for a, b in zip(before.values(), sft.state_dict().values()))
+
+
+def test_stage_two_does_not_depend_on_what_was_drawn_before(world):
+    """A run that resumes in stage 2 has loaded the SFT model, not trained it: other random numbers came before."""
+    rankings = [[ppo.Row(prompt, reply, True) for reply in ("Call a friend.", "No.")] for prompt in world[3]]
+    data, weights = ppo.load_data(NOTHING, small_config())._replace(rankings=rankings), []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        weights.append(ppo.train_reward_model(world[1], data, small_config()).state_dict().values())
+    assert all(torch.equal(a, b) for a, b in zip(*weights))
 
 
 def test_every_stage_samples_replies_to_its_own_prompts_only(tmp_path, monkeypatch):
@@ -1485,7 +1522,7 @@ WRONG_CALLS = """
 --init_from F/no_sft | --init_from F/empty_sft | --init_from R --n_layer 3 | --init_from R --n_layer 2
 --init_from R --n_embd 64 | --init_from R --n_head 1 | --init_from R --sft_steps 7 | --init_from R --demos F/ten.jsonl
 --init_from R --model F/half_model | --init_from R --rankings 13 | --init_from R --rm_steps 7 | --talk F/nothing
---talk F/no_run | --talk F/ten.jsonl | --talk R --n_layer 3
+--talk F/no_run | --talk F/ten.jsonl | --talk R --reward human | --talk R --n_layer 3
 
 --prompts F/nothing.jsonl | --prompts F/no_run | --prompts F/empty.jsonl | --prompts F/blank.jsonl
 --prompts F/text.jsonl | --prompts F/half.jsonl | --prompts F/list.jsonl | --prompts F/number.jsonl

@@ -29,7 +29,7 @@ PANELS = {
     "first_log_ratio": ("first_log_ratio", "rounding only: below 1e-5", (0, 1e-5)),
     "policy_loss": ("policy_loss", "no trend: jitters around 0, less and less", None),
     "value_loss": ("value_loss", "falls (may rise first, with the rewards)", None),
-    "explained_variance": ("explained_variance (cut at -1)", "rises while replies differ in quality;\nlater low and unsteady", None),
+    "explained_variance": ("explained_variance (cut at -1)", "above 0 while replies differ in quality;\nunsteady when nearly all are good", None),
     "reply_length": ("reply_length, tokens", "finds its level; not up to the limit", None),
 }
 COLORS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"  # Okabe and Ito: for all eyes
