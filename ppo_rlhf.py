@@ -993,7 +993,7 @@ def whiten(x, mask, shift_mean: bool = True):
 
 
 @torch.no_grad()
-def collect_rollout(actor, reference, score_fn, prompts: list[str], cfg: Config, kl_coef=None) -> Rollout:
+def collect_rollout(actor, reference, score_fn, prompts: list[str], cfg: Config) -> Rollout:
     """Phase I: one reply to each prompt, and for each of its tokens an advantage and a return (L1).
 
     Step 3 comes before step 2 here: one pass over the replies gives both log-probs and values.
@@ -1001,15 +1001,13 @@ def collect_rollout(actor, reference, score_fn, prompts: list[str], cfg: Config,
     Args:
         actor, reference: ActorCritic models; the reference is frozen.
         score_fn: (prompts, replies, finished) -> one float per reply.
-        kl_coef: beta, if it is not cfg.kl_coef (it changes when it adapts).
     """
     rows, *batch = sample_replies(actor, prompts, cfg)                                                  # Step 1
     log_probs, values = read_all(actor, batch, cfg)                                                     # Step 3: V(s_t)
     ref_log_probs, _ = read_all(reference, batch, cfg)
     mask = batch[-1]
     scores = torch.tensor(rate(score_fn, rows, cfg.missing_eos_penalty), device=mask.device)
-    beta = cfg.kl_coef if kl_coef is None else kl_coef
-    rewards = token_rewards(log_probs, ref_log_probs, scores, mask, beta)                               # Step 2
+    rewards = token_rewards(log_probs, ref_log_probs, scores, mask, cfg.kl_coef)                        # Step 2
     if cfg.whiten_rewards:
         rewards = whiten(rewards, mask, shift_mean=False)
     advantages, returns = gae(rewards, values, mask, cfg.gamma, cfg.lam)                                # Steps 4, 5
@@ -1152,25 +1150,25 @@ def train_ppo(actor, reference, score_fn, prompts: dict[str, list[str]], cfg: Co
     groups = [{"params": actor.lm.parameters()}, {"params": actor.head.parameters(), "lr": 10 * cfg.lr}]
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda cycle: 1 - cycle / max(cfg.cycles, 1))
-    best, log, kl_coef = frozen(actor), [], cfg.kl_coef
+    best, log = frozen(actor), []
     parts = {"actor": actor, "best": best, "optimizer": optimizer, "schedule": schedule}
     for cycle, rng in resumable(cfg.cycles, "PPO", cfg.save_every, parts, log, cfg):
         start = time.perf_counter()
         if cfg.kl_target is not None and log:
-            kl_coef = adapt_kl_coef(log[-1]["kl_coef"], log[-1]["kl"], cfg.kl_target)
+            cfg = replace(cfg, kl_coef=adapt_kl_coef(log[-1]["kl_coef"], log[-1]["kl"], cfg.kl_target))
         drawn = rng.choices(prompts["train"], k=cfg.batch_size // cfg.replies_per_prompt)
         asked = share([prompt for prompt in drawn for _ in range(cfg.replies_per_prompt)])
         with explain(f"PPO, cycle {cycle + 1}"):
-            rollout = collect_rollout(actor, reference, score_fn, asked, cfg, kl_coef)
+            rollout = collect_rollout(actor, reference, score_fn, asked, cfg)
             rho_before = ratio(actor, rollout, cfg) if cycle == 0 else None
-            metrics = {"cycle": cycle + 1, "episodes": (cycle + 1) * cfg.batch_size, "kl_coef": kl_coef,
+            metrics = {"cycle": cycle + 1, "episodes": (cycle + 1) * cfg.batch_size, "kl_coef": cfg.kl_coef,
                        "lr": schedule.get_last_lr()[0], **update_policy(actor, optimizer, rollout, cfg),
                        "explained_variance": explained_variance(rollout.values, rollout.returns, rollout.mask),
-                       **means(describe([rollout], kl_coef)), "validation": math.nan}
+                       **means(describe([rollout], cfg.kl_coef)), "validation": math.nan}
         schedule.step()
         if (cycle + 1) % cfg.eval_every == 0 or cycle + 1 == cfg.cycles:
             reseed(cfg, "validation")  # the same random numbers every time: what differs is the policy
-            table = evaluate(actor, reference, score_fn, prompts["validation"], 16, cfg, kl_coef)
+            table = evaluate(actor, reference, score_fn, prompts["validation"], 16, cfg)
             metrics["validation"] = means(table)["objective"]
             # Ahead by less than two standard errors may be luck: then the later policy is kept, which learned longer.
             # (A cycle without validation has NaN, and NaN > x is False.) Objectives under different betas cannot be
@@ -1206,12 +1204,12 @@ def write_metrics(log: list[dict], cfg: Config):
 #    them). That the reward rises is no proof that PPO is right: with many a bug it rises too, only a little less. So
 #    the report also says what the best policy could have reached, and how much of that way PPO has gone.
 # ======================================================================================================================
-def evaluate(actor, reference, score_fn, prompts: list[str], N: int, cfg: Config, kl_coef: float) -> list[dict]:
+def evaluate(actor, reference, score_fn, prompts: list[str], N: int, cfg: Config) -> list[dict]:
     """Phase I without Phase II: N replies to each of the first 20 prompts, prompt by prompt; see `describe`."""
     cfg = replace(cfg, whiten_rewards=False, whiten_advantages=False)  # whitening would wait for other processes
     asked = share([prompt for prompt in prompts[:20] for _ in range(N)])
-    return describe([collect_rollout(actor, reference, score_fn, part, cfg, kl_coef)
-                     for part in chunks(asked, 4 * cfg.micro_batch_size)], kl_coef)
+    return describe([collect_rollout(actor, reference, score_fn, part, cfg)
+                     for part in chunks(asked, 4 * cfg.micro_batch_size)], cfg.kl_coef)
 
 
 def reward_model_quality(score_fn, sft, data: Data, cfg: Config) -> dict[str, float]:
@@ -1463,18 +1461,18 @@ def main(argv=None):
     reference, policy = frozen(sft), sft  # from here on, what `sft` names is trained
     quality = reward_model_quality(score_fn, reference, data, cfg)
     log = train_ppo(policy, reference, score_fn, data.prompts, cfg)
-    kl_coef = log[-1]["kl_coef"] if log else cfg.kl_coef
+    cfg = replace(cfg, kl_coef=log[-1]["kl_coef"]) if log else cfg  # it may have adapted
     save_model(policy, Path(cfg.out) / "policy")
 
     # The report: three models side by side, and the best that would be possible
     reseed(cfg, "report")
     test, N = data.prompts["test"][:20], min(128, cfg.optimum_samples)
-    tables = {name: evaluate(model, reference, score_fn, test, N, cfg, kl_coef)
+    tables = {name: evaluate(model, reference, score_fn, test, N, cfg)
               for name, model in (("pretrained", pretrained), ("sft", reference), ("ppo", policy))}
     groups = sample_groups(reference, test, cfg.optimum_samples, cfg)
     scores = [rate(score_fn, rows, cfg.missing_eos_penalty) for rows in groups]
-    report = make_report(tables, torch.tensor(scores), N, kl_coef)
-    say(xray(collect_rollout(policy, reference, score_fn, test[:1], cfg, kl_coef), policy.tokenizer, cfg))
+    report = make_report(tables, torch.tensor(scores), N, cfg.kl_coef)
+    say(xray(collect_rollout(policy, reference, score_fn, test[:1], cfg), policy.tokenizer, cfg))
     seconds |= {"ppo": sum(row["seconds"] for row in log), "total": time.perf_counter() - start}
     report |= {"reward_model": quality, "seconds": seconds, "peak_memory_gb": peak_memory(cfg)}
     if RANK == 0:

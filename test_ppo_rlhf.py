@@ -1280,7 +1280,8 @@ def test_beta_adapts_step_by_step_and_phase_one_uses_it(world, monkeypatch):
     for kl in kls[:-1]:
         expected.append(expected[-1] * (1.02 if kl > 0 else 0.98))
     assert [row["kl_coef"] for row in log] == pytest.approx(expected) and betas[:4] == pytest.approx(expected)
-    rollout = ppo.collect_rollout(actor, shifted(actor), ppo.human_score, prompts, small_config(), kl_coef=0.7)
+    cfg = small_config("--kl_coef", "0.7")
+    rollout = ppo.collect_rollout(actor, shifted(actor), ppo.human_score, prompts, cfg)
     kl = (rollout.log_probs - rollout.ref_log_probs).sum(1)
     assert torch.allclose(rollout.rewards.sum(1), rollout.scores - 0.7 * kl, atol=1e-4) and kl.abs().max() > 0.01
 
@@ -1399,7 +1400,7 @@ def test_evaluation_gives_n_replies_to_each_prompt_one_prompt_after_the_other(wo
     tokenizer, actor, _, prompts = world
     points = {prompt: float(i) for i, prompt in enumerate(prompts)}
     table = ppo.evaluate(actor, ppo.frozen(actor), lambda prompts, *_: [points[p] for p in prompts], prompts, 3,
-                         small_config("--missing_eos_penalty", "0", "--micro_batch_size", "1"), 0.1)
+                         small_config("--missing_eos_penalty", "0", "--micro_batch_size", "1"))
     assert [line["reward"] for line in table] == [float(i // 3) for i in range(24)]
 
 
@@ -1407,7 +1408,7 @@ def test_whitening_does_not_reach_into_the_evaluation(world, monkeypatch):
     tokenizer, actor, _, prompts = world  # the processes evaluate different numbers of parts: a common mean would hang
     monkeypatch.setattr(ppo, "whiten", lambda *args, **options: pytest.fail("whitened"))
     cfg = small_config("--whiten_rewards", "true", "--whiten_advantages", "true")
-    assert len(ppo.evaluate(actor, ppo.frozen(actor), ppo.human_score, prompts, 3, cfg, 0.1)) == 24
+    assert len(ppo.evaluate(actor, ppo.frozen(actor), ppo.human_score, prompts, 3, cfg)) == 24
 
 
 def test_talk_shows_a_reply_of_each_model_to_every_line_of_a_pipe(run, monkeypatch, capsys):

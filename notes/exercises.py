@@ -48,8 +48,7 @@ def load(name, cfg):
 def measure(actor, cfg, score_fn):
     """What a policy does on the prompts of the final test, 32 replies to each."""
     ppo.reseed(cfg, "report")
-    table = ppo.evaluate(actor, ppo.frozen(load("sft", cfg)), score_fn, ppo.split(ppo.WORLD_PROMPTS)["test"], 32, cfg,
-                         cfg.kl_coef)
+    table = ppo.evaluate(actor, ppo.frozen(load("sft", cfg)), score_fn, ppo.split(ppo.WORLD_PROMPTS)["test"], 32, cfg)
     report = json.loads((Path(cfg.init_from) / "report.json").read_text())
     sft, best = report["sft"]["objective"], report["optimum"]["objective"]
     seen = ppo.means(table)

@@ -187,7 +187,7 @@ def best_of_n(actor, reference, score_fn, prompts, cfg, N=256):
     Of N sampled replies, sorted by the model's score, the i-th (from 0) is the best of n random ones with probability
     C(i, n-1) / C(N, n).
     """
-    table = ppo.evaluate(actor, reference, score_fn, prompts["test"], N, cfg, cfg.kl_coef)
+    table = ppo.evaluate(actor, reference, score_fn, prompts["test"], N, cfg)
     groups = [sorted(lines, key=lambda line: line["reward"]) for lines in ppo.chunks(table, N)]
     spread = {f"{name}_spread": stdev(line[name] for line in table) for name in ("reward", "human")}
     log = []
