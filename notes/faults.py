@@ -100,12 +100,14 @@ def stage_of(folder):
 
 # ---- Experiments: each yields (what was done, what is wrong or "") ---------------------------------------------------
 def kill(folder, options):
-    """kill -9 at random moments, again and again, until the run is through."""
-    run(*TINY, "--out", folder / "reference")
-    begin, rng = (folder / "reference" / "config.json").stat().st_mtime, random.Random(options.seed)
-    length = (folder / "reference" / "report.json").stat().st_mtime - begin
+    """kill -9 at random moments, again and again, until the run is through; every other run has its own data."""
+    data = [[], ["--preferences", SCRIPT.parent / "notes/data_zh/preferences.jsonl"]]
+    for kind in 0, 1:
+        run(*TINY, *data[kind], "--out", folder / f"reference{kind}")
+    begin, rng = (folder / "reference0" / "config.json").stat().st_mtime, random.Random(options.seed)
+    length = (folder / "reference0" / "report.json").stat().st_mtime - begin
     for i in range(options.times):
-        out, kills, flags = folder / f"run{i}", [], [*TINY, "--out", folder / f"run{i}"]
+        out, kills, flags = folder / f"run{i}", [], [*TINY, *data[i % 2], "--out", folder / f"run{i}"]
         while True:
             process = start(*flags)
             if kills:
@@ -121,7 +123,7 @@ def kill(folder, options):
                 kills.append(stage_of(out))
                 flags = ["--resume", out]
         code, _, errors = end(process)
-        wrong = f"exit code {code}: {errors[-200:]!r}" if code else differs(out, folder / "reference")
+        wrong = f"exit code {code}: {errors[-200:]!r}" if code else differs(out, folder / f"reference{i % 2}")
         yield f"kill -9, run {i + 1}: killed {len(kills)} times ({', '.join(kills)})", wrong
         shutil.rmtree(out)
 
