@@ -479,8 +479,8 @@ curves    objective
 expect    lr_x10 fraction < default; lr_x10 swing > default; lr_x0.1 fraction < default; batch_8 fraction < default;
           batch_32 fraction = default; batch_128 fraction > default
 note      The defaults are {usual.batch_size} and {usual.lr}; SFT's rate is {usual.sft_lr}. A larger batch costs more
-          samples per cycle; swing falls with it anyway, being that of its mean. In the figures, what is below -2 is drawn as
-          -2.""")
+          samples per cycle; swing falls with it anyway, being that of its mean. In the figures, what is below -2 is
+          drawn as -2.""")
 topic("entropy", "S6", "Entropy bonus", {f"entropy_{c}": v(f"--ent_coef {c}") for c in ("0.01", "0.1")}, """
 claim     A, B: entropy keeps the model creative; if it is low, all replies are the same.
 beside    sft default
