@@ -919,6 +919,49 @@ def test_gradient_checkpointing_gives_the_same_gradient_and_dropout_stays_off(ar
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients))
 
 
+def test_fast_products_are_float32_and_leave_no_trace():
+    def state():
+        return torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.flash_sdp_enabled()
+
+    torch.manual_seed(0)
+    a, b, before = torch.randn(300, 400), torch.randn(400, 200), state()
+    with pytest.raises(KeyError), ppo.fast_products():
+        error = (a @ b - a.double() @ b.double()).abs().max()
+        raise KeyError
+    assert error < 1e-3  # float32: 6e-5; rounded to bfloat16: 0.2
+    assert state() == before
+
+
+@pytest.mark.parametrize("cpu, gpu, wanted", [
+    ({"cpu_name": "AMD EPYC", "avx512_f": True}, False, True),
+    ({"cpu_name": "AMD EPYC", "avx512_f": True}, True, False),
+    ({"cpu_name": "AMD EPYC", "avx512_f": False}, False, False),
+    ({"architecture": "aarch64"}, False, False),
+    ({"cpu_name": "Intel Xeon", "avx512_f": True}, False, False)])
+def test_only_amd_processors_with_avx512_get_fast_products(cpu, gpu, wanted, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "")
+    with ppo.fast_products():
+        assert (torch.backends.mkldnn.matmul.fp32_precision == "bf16") == wanted
+        assert torch.backends.cuda.flash_sdp_enabled() != wanted
+        assert (os.environ["ONEDNN_MAX_CPU_ISA"] == "AVX512_CORE") == wanted
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_fast_products_give_the_same_gradient(architecture):
+    torch.manual_seed(0)
+    lm = AutoModelForCausalLM.from_config(CONFIGS[architecture](vocab_size=23, bos_token_id=1, eos_token_id=1,
+                                                                pad_token_id=0))
+    batch, gradients = random_batch(), []
+    for context in nullcontext(), ppo.fast_products():
+        actor = ppo.ActorCritic(copy.deepcopy(lm))
+        with context:
+            ppo.masked_mean(ppo.token_log_probs(actor(*batch)[0], batch[2]), batch[3]).backward()
+        gradients.append([p.grad for p in actor.lm.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients))
+
+
 def test_bfloat16_reaches_the_language_model_only(world, rollout):
     actor = copy.deepcopy(world[1])
     actor.cfg = small_config()

@@ -154,8 +154,8 @@ BUGS = [
     ("resume: changed settings accepted", 'check(state["settings"] == settings,', "check(True,"),
     ("Ctrl-C: nothing saved", "RANK == 0 and (stop or (step + 1)", "RANK == 0 and ((step + 1)"),
     ("descend: gradients not zeroed", "    optimizer.zero_grad()\n", ""),
-    ("descend: micro batches averaged plainly", "        loss, count, metrics = loss_fn(model, part)\n",
-     "        (loss, _, metrics), count = loss_fn(model, part), 1\n"),
+    ("descend: micro batches averaged plainly", "            loss, count, metrics = loss_fn(model, part)\n",
+     "            (loss, _, metrics), count = loss_fn(model, part), 1\n"),
     ("descend: gradient not divided", "    torch._foreach_div_(gradients, count)\n", ""),
     ("descend: gradient not clipped", "parameters, cfg.max_grad_norm)", "parameters, math.inf)"),
     ("descend: clipped before it is divided",
@@ -362,6 +362,12 @@ BUGS = [
      'tokenizer.truncation_side = "right"'),
     ("classifier: its first label", "id2label[classify.model.config.num_labels - 1]", "id2label[0]"),
     ("classifier: does not see the prompt", "classify([prompt + reply for", "classify([reply for"),
+    ("fast products: on any processor", 'not ("AMD" in cpu.get("cpu_name", "") and cpu["avx512_f"]) or ', ""),
+    ("fast products: beside a GPU", ' and cpu["avx512_f"]) or torch.cuda.is_available():', ' and cpu["avx512_f"]):'),
+    ("fast products: bfloat16's instructions not hidden",
+     '    os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE"', "    pass"),
+    ("fast products: never off again", "        matmul.fp32_precision = before", "        pass"),
+    ("fast products: attention fused", "nn.attention.SDPBackend.MATH", "nn.attention.SDPBackend.FLASH_ATTENTION"),
 ]
 
 
