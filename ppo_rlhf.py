@@ -1148,8 +1148,11 @@ def train_ppo(actor, reference, score_fn, prompts: dict[str, list[str]], cfg: Co
     """
     # The critic starts from nothing and should be ahead of the actor: ten times the learning rate. No weight decay:
     # it would pull the policy towards zero weights. The learning rate falls to 0: late cycles have only noise to learn.
+    # Once nearly every reply is good, gradients are small, and a rare bad reply has by far the largest. With Adam's
+    # usual 0.999, that one's step is up to three learning rates long; with its usual 1e-8, the small ones, mostly noise,
+    # count as much as large ones. Both shake what the policy says to other prompts.
     groups = [{"params": actor.lm.parameters()}, {"params": actor.head.parameters(), "lr": 10 * cfg.lr}]
-    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda cycle: 1 - cycle / max(cfg.cycles, 1))
     best, log = frozen(actor), []
     parts = {"actor": actor, "best": best, "optimizer": optimizer, "schedule": schedule}

@@ -1295,6 +1295,23 @@ def test_ppo_validates_every_so_many_cycles_and_at_the_end(world):
     assert [row["validation"] == row["validation"] for row in log] == [False, True, True]
 
 
+@pytest.mark.parametrize("gradients, furthest", [([1e-4] * 300 + [1.0], 1.0), ([1e-8] * 300, 0.01)],
+                         ids=["rare large", "rounding"])
+def test_such_gradients_move_no_weight_of_the_policy_far(gradients, furthest, world, monkeypatch):
+    optimizers, descend = [], ppo.descend
+    monkeypatch.setattr(ppo, "descend", lambda model, optimizer, *args:
+                        optimizers.append(optimizer) or descend(model, optimizer, *args))
+    splits = {"train": world[3][:4], "validation": world[3][4:]}
+    ppo.train_ppo(copy.deepcopy(world[1]), ppo.frozen(world[1]), ppo.human_score, splits, small_config("--cycles", "1"))
+    for group in optimizers[0].param_groups:
+        weight = torch.zeros(1, requires_grad=True)
+        optimizer = type(optimizers[0])([group | {"params": [weight], "lr": 0.1}])
+        for gradient in gradients:
+            before, weight.grad = weight.item(), torch.tensor([gradient])
+            optimizer.step()
+        assert 0 < before - weight.item() < furthest * 0.1
+
+
 def test_learning_rates_follow_their_schedules(world, monkeypatch):
     rates, descend = [], ppo.descend
     monkeypatch.setattr(ppo, "descend", lambda model, optimizer, *args:

@@ -320,6 +320,8 @@ BUGS = [
      "rng.choices(sum(prompts.values(), []), k=cfg.batch_size"),
     ("loop: replies_per_prompt makes the batch larger", "k=cfg.batch_size // cfg.replies_per_prompt)",
      "k=cfg.batch_size)"),
+    ("loop: Adam's usual 0.999", "betas=(0.9, 0.95), ", ""),
+    ("loop: Adam's usual 1e-8", "eps=1e-5, ", ""),
     ("loop: schedule not stepped", "        schedule.step()\n        if (cycle", "        if (cycle"),
     ("loop: beta adapts from the start value", 'adapt_kl_coef(log[-1]["kl_coef"],', "adapt_kl_coef(Config.kl_coef,"),
     ("loop: validation on training prompts", 'score_fn, prompts["validation"], 16', 'score_fn, prompts["train"], 16'),
