@@ -793,6 +793,9 @@ good replies already, and learning is a matter of a minute. Whatever helps again
 or forgetting has little to do here. A claim confirmed here has a cause that a small model shows too; one that is not
 may still hold for large ones.
 
+**Of which version.** The runs are older than one change of PPO itself: its Adam had the usual constants (0.9, 0.999;
+1e-8), not the present ones (0.9, 0.95; 1e-5), which make long steps rarer. [trust.md](trust.md) compares the two.
+
 """
 SIGNS = {"<": "below", ">": "above", "=": "as", "!": "unlike"}
 
