@@ -71,9 +71,9 @@ class Config:
     """One field, one flag: `lr` is set by --lr.
 
     The defaults were chosen by the fraction of the optimum reached on several seeds (section 7); notes/experiments.md
-    turns most knobs of PPO, one at a time. They are the usual ones, but for advantages that are not whitened and the
-    critic's own head (see ActorCritic). kl_coef counts in standard deviations of SFT's reward; compare it with the
-    betas of other papers with care.
+    turns most knobs of PPO, one at a time. They are the usual ones, but for advantages that are not whitened, the
+    critic's own head (see ActorCritic) and Adam's second beta (see train_ppo). kl_coef counts in standard deviations of
+    SFT's reward; compare it with the betas of other papers with care.
     """
 
     # The run
@@ -1149,8 +1149,8 @@ def train_ppo(actor, reference, score_fn, prompts: dict[str, list[str]], cfg: Co
     # The critic starts from nothing and should be ahead of the actor: ten times the learning rate. No weight decay:
     # it would pull the policy towards zero weights. The learning rate falls to 0: late cycles have only noise to learn.
     # Once nearly every reply is good, gradients are small, and a rare bad reply has by far the largest. With Adam's
-    # usual 0.999, that one's step is up to three learning rates long; with its usual 1e-8, the small ones, mostly noise,
-    # count as much as large ones. Both shake what the policy says to other prompts.
+    # usual 0.999, that one's step is up to three learning rates long, which shakes what the policy says elsewhere
+    # (notes/trust.md). eps = 1e-5, usual in PPO, keeps gradients that are nothing but rounding from moving it.
     groups = [{"params": actor.lm.parameters()}, {"params": actor.head.parameters(), "lr": 10 * cfg.lr}]
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda cycle: 1 - cycle / max(cfg.cycles, 1))
