@@ -1,54 +1,66 @@
 #!/usr/bin/env python3
-"""PPO for RLHF: the whole pipeline in one file, to be read from top to bottom beside the articles.
+"""PPO for RLHF in one file. Read it from top to bottom, beside the articles.
 
-    python ppo_rlhf.py            # pretraining, SFT, reward model, PPO, report; nothing to download
-    python ppo_rlhf.py --help     # every knob, with its usual range and what happens when you turn it
+    python ppo_rlhf.py            # pretraining, SFT, reward model, PPO, report; downloads nothing
+    python ppo_rlhf.py --help     # every flag: what it does, and what happens when you turn it
 
-FOUR MODELS: three small GPT-2s of one size, each with weights of its own, and a critic on top of the actor (T7)
-    actor         pi     the policy that PPO trains                        ActorCritic.lm
-    critic        V      predicts the reward still to come, per token      ActorCritic.head
-    reference     pi_ref the SFT model, frozen: how far may the actor go?  frozen(sft)
-    reward model  r_RM   the stand-in for the human, frozen during PPO     RewardModel
+THE FOUR MODELS are small GPT-2s. The critic is a small network on top of the actor (T7).
+    actor         pi      the policy that PPO trains                           ActorCritic.lm
+    critic        V       predicts, at every token, the reward still to come   ActorCritic.head
+    reference     pi_ref  a frozen copy of the SFT model                       frozen(sft)
+    reward model  r_RM    scores a finished reply in place of a human; frozen  RewardModel
 
-SIX STEPS per cycle: article E's; Phase I makes the data, Phase II learns from it (L1)
-    Phase I   collect_rollout   1  the actor samples tokens                generate
-                                2  a reward for every token                token_rewards
-                                3  the critic values every state           ActorCritic.forward
-                                4  TD residuals                            td_residuals
-                                5  GAE: advantages and returns             gae
-    Phase II  update_policy     6  clipped surrogate, value loss, entropy  policy_loss, value_loss
+THE SIX STEPS of article E. Every cycle of PPO goes through all of them (L1).
+    Phase I   collect_rollout   1  the actor samples tokens                    generate
+                                2  every token gets a reward                   token_rewards
+                                3  the critic values every state               state_values
+                                4  TD residuals                                td_residuals
+                                5  GAE: advantages and returns                 gae
+    Phase II  update_policy     6  clipped surrogate, value loss, entropy      policy_loss ...
 
-Sections: 0 configuration | 1 the task | 2 the models | 3 stages 0-2: pretraining, SFT, reward model | 4 Phase I |
-5 Phase II | 6 the loop | 7 the report | 8 main. In a hurry? PPO itself is ActorCritic, sections 4 and 5, and train_ppo.
+THE THREE PARTS
+    I    The algorithm         1 six steps, 2 models, 3 Phase I, Phase II, loop, 4 stages before PPO
+    II   What it is tried on   5 a small world with a simulated human, 6 the report
+    III  The workshop          7 your own data, 8 command line, 9 training runs, 10 main
+Read Part I once, from top to bottom. It leaves to the workshop what is not the algorithm: files,
+resuming, several processes, bfloat16, small batches for little memory, checks of the user's input.
+These are the workshop's functions that it calls:
+    encode, encode_prompts    turn texts into padded token ids
+    optimizer_step            updates the weights once on a loss: backward pass, clip, AdamW step
+    ask_score_fn              calls the reward function and checks what it returns
+    draw, share, gather, add_up    give a random batch; divide work among processes, collect it
+    steps_to_do, cycles_to_do, record_cycle    count the steps, save and resume, write metrics.csv
+    chunks, repeat_each, reseed, say    cut a list; repeat its items; seed the dice; print
 
-Letters in the shape comments: B replies in the batch, T tokens of the longest reply in it, P prompt tokens, V
-vocabulary; in formulas, V(s_t) is the critic's value. Prompts are padded on the left and replies on the right, so that
-every reply starts in the same column. `mask` is True on real reply tokens, EOS included; nothing at a False position
-may influence any result. Log-probs and KL are in nats: natural logarithms. Ids such as S2 or N8 point into the
-articles; notes/guide.md names the five articles, A to E, and lists the ids. One can read on without them.
+LETTERS in the shape comments: B replies in the batch, T tokens of the longest reply, P tokens of
+the longest prompt, V words in the vocabulary. In formulas, V(s_t) is the value of a state. `mask`
+[B,T] is True on the real tokens of a reply, EOS included. A position where it is False must not
+influence any result. Log-probs and KL use natural logarithms. Ids such as S2 or N8 name the points
+of the articles that a passage explains; notes/guide.md lists them. You can read on without them.
 """
+from __future__ import annotations
+
 import copy
 import csv
-import ctypes
 import gc
+import importlib.util
+import inspect
 import json
 import math
 import os
 import random
 import re
-import runpy
 import shutil
 import signal
 import sys
+import threading
 import time
-from bisect import bisect
-from collections import namedtuple
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
-from inspect import signature
-from itertools import chain, combinations
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import combinations
 from pathlib import Path
 from statistics import pstdev
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -57,84 +69,1307 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import (AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2Tokenizer,
-                          get_cosine_schedule_with_warmup, pipeline)
+from transformers import (AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel,
+                          GPT2Tokenizer, get_cosine_schedule_with_warmup, pipeline)
 from transformers.hf_argparser import HfArg, HfArgumentParser
 from transformers.utils import logging
 
 
-# ======================================================================================================================
-# 0  Configuration: what is worth turning is a flag. Every structure is a function below: to change one, replace it.
-# ======================================================================================================================
-@dataclass
-class Config:
-    """One field, one flag: `lr` is set by --lr.
+# ==================================================================================================
+# I  THE ALGORITHM
+# ==================================================================================================
 
-    The defaults were chosen by the fraction of the optimum reached on several seeds (section 7); notes/experiments.md
-    turns most knobs of PPO, one at a time. They are the usual ones, but for advantages that are not whitened, the
-    critic's own head (see ActorCritic) and Adam's second beta (see train_ppo). kl_coef counts in standard deviations of
-    SFT's reward; compare it with the betas of other papers with care.
+# ==================================================================================================
+# 1  The six steps
+#
+#    A reply is a series of decisions. The state s_t is the prompt and the reply so far. The action
+#    a_t is the next token. The policy pi(a_t | s_t) is the language model. There is only one score,
+#    for the whole reply. Steps 2 to 5 turn it into a judgement of every token. Step 6 learns.
+# ==================================================================================================
+
+# ---- Step 1: the actor samples tokens (S1) -------------------------------------------------------
+def sample_tokens(logits, temperature: float = 1.0):
+    """Draw one token per row: logits [B,V] -> tokens [B].
+
+    a_t ~ pi(. | s_t) = softmax(logits / temperature)
+
+    The probabilities cut a line into pieces, and a random point on the line falls into one of them.
+    This needs one random number per reply; torch.multinomial draws V of them.
+    """
+    probabilities = (logits.double() / temperature).softmax(dim=-1)                     # [B,V]
+    cumulative = probabilities.cumsum(dim=-1)                                           # [B,V]
+    point = torch.rand(len(logits), 1, dtype=torch.double, device=logits.device)        # [B,1]
+    point = point * cumulative[:, -1:]  # the whole line has length 1, apart from rounding
+    return torch.searchsorted(cumulative, point, right=True).squeeze(-1)                # [B]
+
+
+@torch.no_grad()
+def generate(actor, prompt_ids, prompt_mask, max_new_tokens: int, eos_id: int, pad_id: int,
+             temperature: float = 1.0):
+    """Sample one reply per prompt, token by token, until EOS or the limit (S1, L5).
+
+    prompt_ids, prompt_mask: [B,P], padded on the left, so that all replies start in one column.
+    Returns reply_ids [B,T] and mask [B,T], padded on the right; T is the longest reply.
+    eos_id=-1 never stops. The cache keeps what the model computed for the earlier tokens, so each
+    pass feeds it only the newest token.
+    """
+    ids, mask, cache = prompt_ids, prompt_mask, None
+    running = torch.ones_like(prompt_mask[:, 0])  # which replies have no EOS yet       # [B]
+    reply_columns, mask_columns = [], []
+    for _ in range(max_new_tokens):
+        logits, cache = actor.next_token(ids, mask, cache)                              # [B,V]
+        tokens = sample_tokens(logits, temperature)                                     # [B]
+        tokens = torch.where(running, tokens, pad_id)
+        reply_columns.append(tokens)
+        mask_columns.append(running)  # EOS itself is a real token: the policy chose it
+        mask = torch.cat([mask, running.unsqueeze(1)], dim=1)
+        running = running & (tokens != eos_id)
+        if not running.any():
+            break
+        ids = tokens.unsqueeze(1)                                                       # [B,1]
+    return torch.stack(reply_columns, dim=1), torch.stack(mask_columns, dim=1)          # both [B,T]
+
+
+def token_log_probs(logits, tokens):
+    """log pi(a_t | s_t) of the tokens that were drawn: logits [B,T,V], tokens [B,T] -> [B,T] (T9).
+
+    A log_softmax would give the same, and would write B*T*V numbers to use B*T of them.
+    """
+    chosen = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)                        # [B,T]
+    return chosen - logits.logsumexp(dim=-1)
+
+
+# ---- Step 2: a reward for every token (S2) -------------------------------------------------------
+def token_rewards(log_probs, ref_log_probs, scores, mask, kl_coef: float):
+    """Token-level rewards [B,T], from log-probs [B,T] and the scores of whole replies [B].
+
+    r_t = -beta * (log pi(a_t|s_t) - log pi_ref(a_t|s_t))        every token
+    r_T = the same + r_RM                                        the last real token
+
+    beta is E's k_kl, here `kl_coef`. pi is the policy that has just sampled the reply (step 6 calls
+    it pi_old). Rewards are plain numbers; no gradient flows through them.
+    A token costs something where pi likes it more than the reference does, and pays something back
+    where pi likes it less. The mean cost is beta * KL(pi || pi_ref), which is never negative.
+    Why pay for distance? The reward model learned from replies of SFT. A policy that goes far away
+    from SFT finds nonsense that scores high (D's "hahaha", P1, P2).
+
+    The score belongs to the last token of the reply. The last column is padding for most replies,
+    and a score there is lost without an error message, because the losses ignore padding (N4).
+    The rewards of one reply add up to r_RM - beta * KL.
+    """
+    kl = torch.where(mask, log_probs - ref_log_probs, 0)                                # [B,T]
+    last = mask.sum(dim=1, keepdim=True) - 1  # column of the last real token           # [B,1]
+    column = torch.arange(mask.shape[1], device=mask.device)                            # [T]
+    score_at_end = torch.where(column == last, scores.unsqueeze(1), 0)                  # [B,T]
+    return -kl_coef * kl + score_at_end
+
+
+# ---- Step 3: the critic values every state (S3) --------------------------------------------------
+def value_head(width: int) -> nn.Module:
+    """The critic's network: it turns a hidden state of the language model into one number."""
+    head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(),
+                         nn.Linear(2 * width, 1))
+    nn.init.zeros_(head[-1].weight)  # the first values are 0, the mean of a normalised reward (N5)
+    nn.init.zeros_(head[-1].bias)
+    return head
+
+
+def state_values(head, hidden):
+    """V(s_t) of every state: hidden states [B,T,width] -> [B,T].
+
+    V(s_t) is the total reward that the critic still expects in state s_t. hidden[:, t] is what the
+    language model computed just before token t. The critic must not see token t itself: V(s_t) is
+    the baseline for judging that token, and a baseline that knows the token would judge nothing.
+
+    `detach` stops the gradient, so the value loss trains the head and not the policy. Usual
+    elsewhere: a critic with a language model of its own, at twice the price; or a linear layer
+    without `detach`, whose loss changes the policy's layers. notes/experiments.md compares them.
+    """
+    return head(hidden.detach().float()).squeeze(-1)
+
+
+# ---- Step 4: TD residuals (S4) -------------------------------------------------------------------
+def td_residuals(rewards, values, mask, gamma: float):
+    """delta_t = r_t + gamma * V(s_{t+1}) - V(s_t)        all [B,T]
+
+    It is what came, plus what the critic expects now, minus what the critic expected before.
+    After the last token of a reply nothing more can come, so V(s_{t+1}) is 0 there. This is also
+    true for a reply that was cut off at the limit. The critic's output on padding must not be used.
+    """
+    values = torch.where(mask, values, 0)
+    next_values = F.pad(values[:, 1:], (0, 1))  # shifted left by one column; the last one is 0
+    return torch.where(mask, rewards + gamma * next_values - values, 0)
+
+
+# ---- Step 5: generalised advantage estimation (S5; Schulman et al. 2015) -------------------------
+def gae(rewards, values, mask, gamma: float, lam: float):
+    """Advantages and returns, both [B,T].
+
+    A_t = sum over k of (gamma*lambda)^k * delta_{t+k}
+        = delta_t + gamma*lambda * A_{t+1}              computed backwards, from the last token
+    G_t = A_t + V(s_t)                                  the return: what the critic should have said
+
+    The advantage says how much better it went from token t on than the critic expected. Step 6
+    makes a token with A_t > 0 more likely and a token with A_t < 0 less likely.
+
+    lambda = 0 gives the TD residual: little noise, but it believes the critic. lambda = 1 gives the
+    rewards that really came, minus V(s_t) (Monte Carlo): no bias, but much noise. 0.95 is the usual
+    compromise (T2). Below 1, the returns contain later values of the critic too.
+    The returns use these advantages, before any whitening: whitened ones have another unit, and the
+    critic would learn a wrong target.
+    """
+    deltas = td_residuals(rewards, values, mask, gamma)                                 # [B,T]
+    advantages = torch.zeros_like(deltas)
+    advantage = torch.zeros_like(deltas[:, 0])                                          # [B]
+    for t in reversed(range(deltas.shape[1])):
+        advantage = deltas[:, t] + gamma * lam * advantage  # on padding, both terms are 0
+        advantages[:, t] = advantage
+    returns = torch.where(mask, advantages + values, 0)
+    return advantages, returns
+
+
+def moments(x, mask) -> tuple[float, float]:
+    """Mean and variance of x [B,T] over the real tokens of all processes."""
+    count = add_up(mask.sum().item())
+    mean = add_up(torch.where(mask, x, 0).sum().item()) / count
+    variance = add_up(torch.where(mask, (x - mean) ** 2, 0).sum().item()) / count
+    return mean, variance
+
+
+def whiten(x, mask, shift_mean: bool = True):
+    """Scale x [B,T] to variance 1 over the real tokens, and to mean 0 if shift_mean (N7)."""
+    mean, variance = moments(x, mask)
+    white = (x - mean) / math.sqrt(variance + 1e-8)
+    if not shift_mean:
+        white = white + mean
+    return torch.where(mask, white, 0)
+
+
+# ---- Step 6: three losses (S6) -------------------------------------------------------------------
+# E's total loss L = C_clip + c_V * C_V + C_ent is, in the names of this file,
+#     policy_loss + vf_coef * value_loss - ent_coef * entropy
+# The entropy is subtracted: we minimise the loss, and we want the entropy to stay large.
+
+def masked_mean(x, mask):
+    """Mean of x [B,T] over the real tokens (T8). `x * mask` would not do, for 0 * NaN is NaN."""
+    return torch.where(mask, x, 0).sum() / mask.sum()
+
+
+def policy_loss(log_probs, old_log_probs, advantages, mask, clip_eps: float):
+    """E's C_clip, the clipped surrogate: tensors [B,T] -> (loss, clip_fraction), two scalars.
+
+    rho_t  = pi(a_t|s_t) / pi_old(a_t|s_t) = exp(log pi - log pi_old)
+    C_clip = -mean over t of min(rho_t * A_t, clip(rho_t, 1-eps, 1+eps) * A_t)   (PPO paper, eq. 7)
+
+    pi_old is the policy that sampled this batch. It is not the reference: the reference never
+    changes, and pi_old changes in every cycle (T5). There are four cases (T4):
+        A > 0, rho <= 1+eps   the token gets more likely       A < 0, rho >= 1-eps   less likely
+        A > 0, rho >  1+eps   far enough, the gradient is 0    A < 0, rho <  1-eps   far enough, 0
+
+    Why the min? Suppose that A > 0 and rho < 1-eps: the token should get more likely, and it has
+    become less likely. With clip alone the gradient would be 0, and this mistake would stay. The
+    min takes rho * A here, so the gradient brings the token back. The other sign is alike.
+
+    clip_fraction is the share of tokens whose gradient the clip has set to 0. The clip is a brake
+    and not a wall: other tokens share the same weights and can push rho further.
+    """
+    ratio = torch.exp(torch.where(mask, log_probs - old_log_probs, 0))                  # [B,T]
+    unclipped = ratio * advantages
+    clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages
+    loss = -masked_mean(torch.min(unclipped, clipped), mask)
+    clip_fraction = masked_mean((clipped < unclipped).float(), mask)
+    return loss, clip_fraction
+
+
+def value_loss(values, returns, mask, old_values=None, value_clip: float | None = None):
+    """E's C_V = 1/2 * mean over t of (V(s_t) - G_t)^2: tensors [B,T] -> scalar (S6, L8).
+
+    Optional, off here: with value_clip, a value that has moved further than that from old_values
+    towards G_t gets no gradient. The larger of the two errors counts.
+    """
+    error = torch.where(mask, values - returns, 0) ** 2                                 # [B,T]
+    if value_clip is not None:
+        near = old_values + (values - old_values).clamp(-value_clip, value_clip)
+        error = torch.max(error, torch.where(mask, near - returns, 0) ** 2)
+    return 0.5 * masked_mean(error, mask)
+
+
+def entropy(logits):
+    """H(pi(. | s_t)) = -sum over v of pi_v * log pi_v: logits [B,T,V] -> [B,T].
+
+    It is large while the policy is undecided. E's C_ent keeps it from falling to 0 too early.
+    """
+    log_probs = logits.log_softmax(dim=-1).clamp(min=-1e9)  # 0 * -infinity would be NaN    [B,T,V]
+    return -(log_probs.exp() * log_probs).sum(dim=-1)
+
+
+# ---- The settings of these steps: each field is a flag, `lr` is --lr -----------------------------
+@dataclass
+class PPOConfig:
+    """What can be turned in PPO. notes/experiments.md shows what most of these do."""
+
+    cycles: int = HfArg(default=60, help=(
+        "How often PPO runs Phase I and Phase II. 20 are enough to see the idea. (L1)"))
+    batch_size: int = HfArg(default=64, help=(
+        "Replies per cycle, 32 to 512. A larger batch gives a steadier gradient and is slow. (P3)"))
+    replies_per_prompt: int = HfArg(default=1, help=(
+        "How many replies in the batch answer one prompt, 1 to 8. It must divide batch_size. (L5)"))
+    max_new_tokens: int = HfArg(default=32, help=(
+        "The longest reply, in tokens. If it is too short, replies end unfinished. (N3)"))
+    temperature: float = HfArg(default=0.7, help=(
+        "Divides the logits, in sampling and log-probs, 0.7 to 1. Low: nothing new is tried. (L5)"))
+    kl_coef: float = HfArg(default=0.1, help=(
+        "beta, the price of KL, 0.01 to 0.2. With 0, PPO cheats the reward model. (S2, P2)"))
+    missing_eos_penalty: float = HfArg(default=1.0, help=(
+        "Subtracted from the score of a reply that does not end, 0 to 5. (N3)"))
+    gamma: float = HfArg(default=1.0, help=(
+        "Discount of later rewards, 0.9 to 1. Below 1, early tokens feel less of the score. (S4)"))
+    lam: float = HfArg(default=0.95, help=(
+        "GAE's lambda, 0 to 1. 0 trusts the critic, 1 trusts only the rewards that came. (S5, T2)"))
+    whiten_advantages: bool = HfArg(default=False, help=(
+        "Scale the advantages of a batch to mean 0 and variance 1. (N7, P3)"))
+    ppo_epochs: int = HfArg(default=4, help=(
+        "How often Phase II goes through the batch, 2 to 4. More: the data gets stale. (N9)"))
+    minibatches: int = HfArg(default=2, help=(
+        "Updates per epoch, 1 to 8. It must divide batch_size. More: faster and noisier."))
+    lr: float = HfArg(default=3e-4, help=(
+        "Learning rate of PPO, well below SFT's. It falls to 0. With --model it is 1e-5. (P3)"))
+    clip_eps: float = HfArg(default=0.2, help=(
+        "epsilon, 0.1 to 0.3: how far the ratio moves from 1 before its gradient is 0. (S6, P3)"))
+    vf_coef: float = HfArg(default=0.5, help=(
+        "c_V, the weight of the value loss, 0.1 to 1. Here it matters little. (S6)"))
+    ent_coef: float = HfArg(default=0.0, help=(
+        "The weight of the entropy, 0 to 0.02. Too high: the policy talks at random. (S6)"))
+
+
+# ==================================================================================================
+# 2  The models
+#
+#    A language model looks back and never ahead. So one pass over prompt and reply tells what the
+#    model thought at every position when it knew only the tokens up to there ("teacher forcing").
+#    One pass gives all log-probs and values of a reply. Only sampling must go token by token.
+# ==================================================================================================
+class Reply(NamedTuple):
+    """One reply to one prompt, as text."""
+
+    prompt: str
+    text: str
+    finished: bool  # does it end with EOS? If not, it was cut off at the limit
+
+
+def position_ids(mask):
+    """0, 1, 2 ... for the real tokens of mask [B,L].
+
+    The library would count padding too. Then a reply would get other probabilities in a batch with
+    a longer prompt, which pads its own prompt on the left.
+    """
+    return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
+class HeadedModel(nn.Module):
+    """A causal language model and a small network on top: so are the actor and the reward model."""
+
+    def __init__(self, lm, tokenizer=None, cfg: Config | None = None):
+        super().__init__()
+        # eval() for good: with dropout, ratio and KL would differ from call to call (N8).
+        self.lm = lm.eval()
+        self.head = value_head(lm.get_output_embeddings().weight.shape[1])
+        self.tokenizer = tokenizer
+        self.cfg = cfg or Config()
+        self.to(self.cfg.device)
+
+
+class ActorCritic(HeadedModel):
+    """Actor and critic: `lm` is the policy, `head` reads V(s_t) from its hidden states.
+
+    Do not confuse the critic with the reward model, which scores finished replies and is frozen.
+    The critic predicts, in the middle of a reply, what is still to come. That depends on the
+    policy, so the critic learns during PPO (T7).
     """
 
-    # The run
-    out: str = HfArg(default="", help="Folder for the results, new or empty; if not given, runs/<date-time>.")
-    seed: int = HfArg(default=0, help="Same seed and machine: same results. Try several before you believe one.")
-    device: str = HfArg(default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 ...")
-    bf16: bool = HfArg(default=True, help="On a GPU, let the models compute in bfloat16; a CPU never does. (R3)")
-    micro_batch_size: int = HfArg(default=64, help="Replies read at once, in stage 2 rankings. Less memory. (R2)")
-    gradient_checkpointing: bool = HfArg(default=False, help="Much less memory for a third more time in training.")
-    save_every: int = HfArg(default=10, help="Save after so many cycles; in stages 0 to 2, 50 times as many updates.")
-    resume: str = HfArg(default="", help="Folder of a run that was stopped: go on where it was last saved.")
-    init_from: str = HfArg(default="", help="Folder of an earlier run: its settings and models; repeat only PPO.")
-    talk: str = HfArg(default="", help="Folder of a finished run: type a line, see what each of its models replies.")
-    # Data and models. What is not given comes from the built-in world
-    prompts: str = HfArg(default="", help='JSONL, a line like {"prompt": ...}: what PPO practises on.')
-    demos: str = HfArg(default="", help='JSONL, {"prompt": ..., "completion": ...}: what SFT imitates. (L2)')
-    preferences: str = HfArg(default="", help="JSONL, {prompt, chosen, rejected} or {prompt, ranked: [best ...]}. (L3)")
-    reward: str = HfArg(default="model", help="model | human | classifier (folder, hub id) | file.py:f. (L4)")
-    model: str = HfArg(default="tiny", help="tiny, or a causal language model: a folder, or a hub id such as gpt2.")
-    n_layer: int = HfArg(default=2, help="Layers of tiny, 1 to 12. More: better text, slower. GPT-2 has 12.")
-    n_embd: int = HfArg(default=96, help="Width of tiny, a multiple of n_head. GPT-2 has 768.")
-    n_head: int = HfArg(default=4, help="Attention heads per layer of tiny. GPT-2 has 12.")
-    # Stages 0 to 2
-    pretrain_steps: int = HfArg(default=250, help="Updates in stage 0 (only tiny has one). Fewer: clumsy English. (L2)")
-    sft_steps: int = HfArg(default=450, help="Updates in stage 1. Fewer: it forgets what it was asked about. (L2)")
-    sft_lr: float = HfArg(default=5e-3, help="Learning rate of stages 0 and 1; with --model, 5e-5. (P3)")
-    rm_steps: int = HfArg(default=600, help="Updates in stage 2. Fewer: a worse model, which PPO then exploits. (P1)")
-    rm_lr: float = HfArg(default=1e-3, help="Learning rate of stage 2; with --model, 1e-5.")
-    rankings: int = HfArg(default=2200, help="Rankings of 4 replies by the human. 100: a model to fool. (L3, P1)")
-    label_noise: float = HfArg(default=0.3, help="The human's unsureness in points, 0 to 2. More: a worse model. (P1)")
-    # PPO: the loop
-    cycles: int = HfArg(default=60, help="Times Phase I + Phase II. 20 show the idea. (L1)")
-    batch_size: int = HfArg(default=64, help="Replies per cycle, 32 to 512. More: steadier, slower. (P3)")
-    replies_per_prompt: int = HfArg(default=1, help="Replies to each prompt, 1 to 8; divides batch_size. D has 4. (L5)")
-    ppo_epochs: int = HfArg(default=4, help="Passes over each batch, 2 to 4. More: staler data, more clipping. (N9)")
-    minibatches: int = HfArg(default=2, help="Updates per pass, 1 to 8; divides batch_size. More: faster, noisier.")
-    lr: float = HfArg(default=3e-4, help="PPO's learning rate, annealed to 0; below SFT's. With --model, 1e-5. (P3)")
-    max_grad_norm: float = HfArg(default=1.0, help="Longer gradients are cut to this length, 0.5 to 1; in all stages.")
-    # PPO: the reward
-    kl_coef: float = HfArg(default=0.1, help="beta, 0.01 to 0.2: price of a nat of KL. 0: hacking. (S2, P2)")
-    kl_target: float | None = HfArg(default=None, help="If given, beta adapts until a reply's KL is so many nats. (T6)")
-    missing_eos_penalty: float = HfArg(default=1.0, help="Off the score of a reply that does not end, 0 to 5. (N3)")
-    whiten_rewards: bool = HfArg(default=False, help="Token rewards to variance 1, mean kept; beta's unit shifts. (N7)")
-    # PPO: the advantage
-    gamma: float = HfArg(default=1.0, help="Discount, 0.9 to 1. Below 1, early tokens care less about the score. (S4)")
-    lam: float = HfArg(default=0.95, help="GAE's lambda, 0 to 1: 0 trusts the critic, 1 only real rewards. (S5, T2)")
-    whiten_advantages: bool = HfArg(default=False, help="Advantages to mean 0, variance 1. Late on, mostly noise. (N7)")
-    # PPO: the losses
-    clip_eps: float = HfArg(default=0.2, help="epsilon, 0.1 to 0.3: beyond it, a token is pushed no further. (S6, P3)")
-    vf_coef: float = HfArg(default=0.5, help="c_V, 0.1 to 1. Hardly matters here: the critic shares no weights. (S6)")
-    value_clip: float | None = HfArg(default=None, help="If given (0.2, say), a value that moved so far is left alone.")
-    ent_coef: float = HfArg(default=0.0, help="c_ent, 0 to 0.01: reward for staying undecided. 0.1: babble. (S6)")
-    # Sampling and evaluation
-    temperature: float = HfArg(default=0.7, help="Of sampling and log-probs, 0.7 to 1. Low: no exploration. (L5)")
-    max_new_tokens: int = HfArg(default=32, help="Longest reply in tokens. Too short: replies end unfinished. (N3)")
-    eval_every: int = HfArg(default=10, help="Validate after so many cycles; keep the best policy. (L6)")
-    optimum_samples: int = HfArg(default=400, help="Replies per test prompt for J*; up to 128 for the rest.")
+    def forward(self, prompt_ids, prompt_mask, reply_ids, reply_mask):
+        """Read whole replies in one pass, in float32 (S1, S3).
+
+        logits [B,T,V]: logits[:, t] is the distribution that reply token t was drawn from.
+        values [B,T]: values[:, t] = V(s_t), the value of the state before token t.
+        """
+        T = reply_ids.shape[1]
+        ids = torch.cat([prompt_ids, reply_ids], dim=1)                                 # [B,P+T]
+        mask = torch.cat([prompt_mask, reply_mask], dim=1)                              # [B,P+T]
+        positions = position_ids(mask)                                                  # [B,P+T]
+        # The output at a position predicts the next token. So the last token is not fed in, and the
+        # last T of the P+T-1 outputs belong to the states s_0 ... s_{T-1}.
+        out = self.lm(input_ids=ids[:, :-1], attention_mask=mask[:, :-1].long(),
+                      position_ids=positions[:, :-1], logits_to_keep=T,
+                      output_hidden_states=True, use_cache=False)
+        hidden = out.hidden_states[-1][:, -T:]                                      # [B,T,width]
+        return out.logits.float(), state_values(self.head, hidden)                  # [B,T,V] [B,T]
+
+    def next_token(self, ids, mask, cache):
+        """Feed the newest tokens ids [B,L] -> logits [B,V] of the next one, and the longer cache.
+
+        mask covers all tokens so far. cache is None in the first call.
+        """
+        positions = position_ids(mask)[:, -ids.shape[1]:]
+        out = self.lm(input_ids=ids, attention_mask=mask.long(), position_ids=positions,
+                      past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return out.logits[:, -1].float(), out.past_key_values
 
 
+class RewardModel(HeadedModel):
+    """Its head reads one score at the last token of a reply: only there has it seen all (N4)."""
+
+    def forward(self, prompt_ids, prompt_mask, reply_ids, reply_mask):
+        """Scores [B]. After `normalize`, the unit is the standard deviation of SFT's replies."""
+        ids = torch.cat([prompt_ids, reply_ids], dim=1)                                 # [B,P+T]
+        mask = torch.cat([prompt_mask, reply_mask], dim=1)                              # [B,P+T]
+        out = self.lm(input_ids=ids, attention_mask=mask.long(), position_ids=position_ids(mask),
+                      logits_to_keep=1, output_hidden_states=True, use_cache=False)
+        last = prompt_ids.shape[1] + reply_mask.sum(dim=1) - 1  # column -1 may be padding  # [B]
+        rows = torch.arange(len(last), device=last.device)
+        hidden = out.hidden_states[-1][rows, last]                                      # [B,width]
+        return self.head(hidden.float()).squeeze(-1)
+
+    @torch.no_grad()
+    def score(self, prompts: list[str], completions: list[str], finished: list[bool]):
+        """The reward model as a reward function: texts -> a list of numbers."""
+        replies = [Reply(*fields) for fields in zip(prompts, completions, finished)]
+        scores = []
+        for part in chunks(replies, self.cfg.micro_batch_size):
+            scores += self(*encode(self, part)).tolist()
+        return scores
+
+
+def frozen(model: nn.Module) -> nn.Module:
+    """A copy that learns nothing: the reference. The rollout replaces a copy of pi_old (T5)."""
+    return copy.deepcopy(model).requires_grad_(False)
+
+
+# ==================================================================================================
+# 3  PPO: Phase I, Phase II and the loop (L1)
+# ==================================================================================================
+@dataclass
+class Rollout:
+    """What Phase I collects and Phase II learns from. [B,T] tensors are 0 where mask is False."""
+
+    replies: list[Reply]         # B replies as text
+    group: torch.Tensor          # [B]    equal numbers: replies to the same prompt
+    prompt_ids: torch.Tensor     # [B,P]
+    prompt_mask: torch.Tensor    # [B,P]
+    reply_ids: torch.Tensor      # [B,T]
+    mask: torch.Tensor           # [B,T]  True on real reply tokens, EOS included
+    log_probs: torch.Tensor | None = None      # [B,T]  log pi_old(a_t|s_t), all we keep of pi_old
+    values: torch.Tensor | None = None         # [B,T]  V(s_t)
+    ref_log_probs: torch.Tensor | None = None  # [B,T]  log pi_ref(a_t|s_t)
+    scores: torch.Tensor | None = None         # [B]    r_RM of the whole reply
+    rewards: torch.Tensor | None = None        # [B,T]  r_t
+    advantages: torch.Tensor | None = None     # [B,T]  A_t
+    returns: torch.Tensor | None = None        # [B,T]  G_t
+
+    def __len__(self):
+        return len(self.mask)
+
+    def __getitem__(self, index) -> Rollout:
+        """A smaller rollout: the replies with these numbers."""
+        selected = copy.copy(self)
+        for name, x in vars(self).items():
+            if torch.is_tensor(x):
+                setattr(selected, name, x[index])
+        numbers = torch.arange(len(self), device=self.mask.device)[index]
+        selected.replies = [self.replies[i] for i in numbers]
+        return selected
+
+
+# ---- Phase I: collect data, steps 1 to 5 ---------------------------------------------------------
+def sample_replies(actor, prompts: list[str], cfg) -> Rollout:
+    """Step 1: one reply to each prompt, as text and as tokens. The other fields stay empty."""
+    tokenizer = actor.tokenizer
+    prompt_ids, prompt_mask = encode_prompts(actor, prompts)
+    reply_ids, mask = generate(actor, prompt_ids, prompt_mask, cfg.max_new_tokens,
+                               tokenizer.eos_token_id, tokenizer.pad_token_id, cfg.temperature)
+    ended = (reply_ids == tokenizer.eos_token_id) & mask                                # [B,T]
+    finished = ended.any(dim=1).tolist()
+    texts = tokenizer.batch_decode(reply_ids, skip_special_tokens=True)
+    replies = [Reply(*fields) for fields in zip(prompts, texts, finished)]
+    numbers = {prompt: number for number, prompt in enumerate(prompts)}
+    group = torch.tensor([numbers[prompt] for prompt in prompts], device=mask.device)   # [B]
+    return Rollout(replies, group, prompt_ids, prompt_mask, reply_ids, mask)
+
+
+def read_replies(actor, rollout: Rollout, temperature: float):
+    """Teacher forcing: log pi(a_t|s_t) [B,T], V(s_t) [B,T] and the logits [B,T,V].
+
+    Phase I takes the old log-probs from here, and Phase II takes the new ones from here. So the
+    first ratio is 1: same weights, same code. Log-probs kept from sampling would round otherwise.
+    The temperature must be that of sampling, or these are the log-probs of another distribution
+    than the tokens were drawn from (L5).
+    """
+    logits, values = actor(rollout.prompt_ids, rollout.prompt_mask, rollout.reply_ids, rollout.mask)
+    logits = logits / temperature
+    return token_log_probs(logits, rollout.reply_ids), values, logits
+
+
+@torch.no_grad()
+def read_without_gradient(actor, rollout: Rollout, cfg):
+    """log pi(a_t|s_t) and V(s_t), both [B,T], 0 where mask is False."""
+    log_probs, values = [], []
+    for part in chunks(rollout, cfg.micro_batch_size):
+        part_log_probs, part_values, _ = read_replies(actor, part, cfg.temperature)
+        log_probs.append(torch.where(part.mask, part_log_probs, 0))
+        values.append(torch.where(part.mask, part_values, 0))
+    return torch.cat(log_probs), torch.cat(values)
+
+
+def score_replies(score_fn, replies: list[Reply], cfg):
+    """r_RM of each reply -> [B]. Without the penalty, an endless reply would cost nothing (N3)."""
+    scores = torch.tensor(ask_score_fn(score_fn, replies))                              # [B]
+    unfinished = torch.tensor([not reply.finished for reply in replies])                # [B]
+    return scores - cfg.missing_eos_penalty * unfinished
+
+
+def sample_and_score(actor, reference, score_fn, prompts: list[str], cfg) -> Rollout:
+    """Replies, their log-probs, values and scores: what training and evaluation both need.
+
+    Step 3 comes before step 2, because one pass gives both log-probs and values.
+    """
+    rollout = sample_replies(actor, prompts, cfg)                                       # Step 1
+    rollout.log_probs, rollout.values = read_without_gradient(actor, rollout, cfg)      # Step 3
+    rollout.ref_log_probs, _ = read_without_gradient(reference, rollout, cfg)
+    rollout.scores = score_replies(score_fn, rollout.replies, cfg).to(rollout.mask.device)
+    return rollout
+
+
+def collect_rollout(actor, reference, score_fn, prompts: list[str], cfg) -> Rollout:
+    """Phase I: one reply to each prompt, with an advantage and a return for each token (L1)."""
+    rollout = sample_and_score(actor, reference, score_fn, prompts, cfg)                # Steps 1, 3
+    rollout.rewards = reward_tokens(rollout, cfg)                                       # Step 2
+    rollout.advantages, rollout.returns = estimate_advantages(rollout, cfg)             # Steps 4, 5
+    if cfg.whiten_advantages:
+        rollout.advantages = whiten(rollout.advantages, rollout.mask)
+    return rollout
+
+
+# ---- Four places where algorithms differ ---------------------------------------------------------
+# To try another algorithm, change one of these functions, or assign your own to its name from
+# outside: `ppo_rlhf.estimate_advantages = mine`. Each is called in one place and sees the whole
+# rollout. The report does not use them.
+
+def reward_tokens(rollout: Rollout, cfg):
+    """Step 2 of a rollout -> [B,T]. A price for every token would be subtracted here."""
+    return token_rewards(rollout.log_probs, rollout.ref_log_probs, rollout.scores, rollout.mask,
+                         cfg.kl_coef)
+
+
+def estimate_advantages(rollout: Rollout, cfg):
+    """Steps 4 and 5 of a rollout -> advantages and returns, both [B,T].
+
+    GRPO's baseline would go here: no critic, but the mean reward of the replies to the same prompt.
+    `rollout.group` tells which these are; set --replies_per_prompt to 4 or more.
+    """
+    return gae(rollout.rewards, rollout.values, rollout.mask, cfg.gamma, cfg.lam)
+
+
+def actor_loss(log_probs, rollout: Rollout, cfg):
+    """Step 6 for the policy: new log-probs [B,T] of a minibatch -> (loss, clip_fraction).
+
+    KL in the loss would be added here: beta * masked_mean(exp(-x) - 1 + x, mask), as GRPO has it,
+    with x = log_probs - rollout.ref_log_probs. Then `reward_tokens` must leave the KL out (T6).
+    x alone would not do here: its gradient is 0 on average over samples of pi.
+    """
+    return policy_loss(log_probs, rollout.log_probs, rollout.advantages, rollout.mask, cfg.clip_eps)
+
+
+def critic_loss(values, rollout: Rollout, cfg):
+    """Step 6 for the critic: new values [B,T] of a minibatch -> loss."""
+    return value_loss(values, rollout.returns, rollout.mask)
+
+
+# ---- Phase II: learn from the data, step 6 -------------------------------------------------------
+def ppo_loss(actor, rollout: Rollout, cfg):
+    """The loss of a minibatch, L = C_clip + c_V * C_V - c_ent * H -> loss, tokens, metrics."""
+    log_probs, values, logits = read_replies(actor, rollout, cfg.temperature)
+    surrogate_loss, clip_fraction = actor_loss(log_probs, rollout, cfg)                 # C_clip
+    squared_error = critic_loss(values, rollout, cfg)                                   # C_V
+    mean_entropy = masked_mean(entropy(logits), rollout.mask)                           # H
+    loss = surrogate_loss + cfg.vf_coef * squared_error - cfg.ent_coef * mean_entropy
+
+    log_ratio = torch.where(rollout.mask, log_probs - rollout.log_probs, 0).detach()    # log rho_t
+    metrics = {
+        "policy_loss": surrogate_loss,
+        "value_loss": squared_error,
+        "entropy": mean_entropy,
+        "clip_fraction": clip_fraction,
+        # An estimate of KL(pi_old || pi) that is never negative: rho - 1 has mean 0 under pi_old.
+        "approx_kl": masked_mean(log_ratio.exp() - 1 - log_ratio, rollout.mask),
+        "first_log_ratio": masked_mean(log_ratio.abs(), rollout.mask)}
+    return loss, rollout.mask.sum(), metrics
+
+
+def update_policy(actor, optimizer, rollout: Rollout, cfg) -> dict[str, float]:
+    """Phase II: several epochs over the rollout, in shuffled minibatches, one update each (N9).
+
+    The rollout was expensive, so it is used several times. But its tokens come from the old policy.
+    The ratio corrects for that, and the clip keeps the new policy near the old one (T3).
+    Returns the metrics, averaged over all updates. first_log_ratio is the mean |log rho| of the
+    first minibatch, before any update. It must be below 1e-5, or the old log-probs are wrong.
+    """
+    history = []
+    for epoch in range(cfg.ppo_epochs):
+        order = torch.randperm(len(rollout), device=rollout.mask.device)
+        for index in order.chunk(cfg.minibatches):
+            metrics = optimizer_step(actor, optimizer, ppo_loss, rollout[index], cfg)
+            history.append(metrics)
+    metrics = column_means(history)
+    metrics["first_log_ratio"] = history[0]["first_log_ratio"]
+    metrics["lr"] = optimizer.param_groups[0]["lr"]
+    metrics["explained_variance"] = explained_variance(rollout)
+    return metrics
+
+
+# ---- The loop ------------------------------------------------------------------------------------
+def make_optimizer(actor, cfg):
+    """AdamW for actor and critic, with a learning rate that falls to 0 over the run.
+
+    The critic starts from nothing and should be ahead of the actor, so it learns ten times as fast.
+    There is no weight decay: it would pull the policy towards weights of 0.
+    Two constants differ from Adam's usual ones (0.999, 1e-8). Late in training most gradients are
+    small, and a rare bad reply has a large one. With 0.999 its step is up to three times as long,
+    and it damages other replies; 0.95 shortens it. With an eps of 1e-5, usual in PPO, gradients
+    that are only rounding noise move nothing. notes/trust.md has the figures.
+    """
+    groups = [{"params": actor.lm.parameters(), "lr": cfg.lr},
+              {"params": actor.head.parameters(), "lr": 10 * cfg.lr}]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0, fused=True)
+
+
+def draw_prompts(prompts: list[str], rng: random.Random, cfg) -> list[str]:
+    """This process's share of the prompts of one cycle, each as often as it gets replies."""
+    drawn = rng.choices(prompts, k=cfg.batch_size // cfg.replies_per_prompt)
+    return repeat_each(share(drawn), cfg.replies_per_prompt)
+
+
+def train_ppo(actor, reference, score_fn, prompts: dict[str, list[str]], cfg) -> list[dict]:
+    """PPO's loop (L1). It trains `actor` and leaves in it the weights that validated best (L6).
+
+    repeat:  draw prompts -> Phase I: sample, score, value -> Phase II: several small updates
+
+    PPO is on-policy: the next cycle uses nothing of this batch, because old replies are replies of
+    another policy. Returns the metrics, one dict per cycle: the rows of metrics.csv.
+    """
+    optimizer = make_optimizer(actor, cfg)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, max(cfg.cycles, 1))
+    best = frozen(actor)
+    log = []
+    training = {"actor": actor, "best": best, "optimizer": optimizer, "schedule": schedule}
+    for cycle, rng in cycles_to_do(training, log, cfg):
+        start = time.perf_counter()
+        asked = draw_prompts(prompts["train"], rng, cfg)
+        rollout = collect_rollout(actor, reference, score_fn, asked, cfg)    # Phase I: steps 1 to 5
+        metrics = update_policy(actor, optimizer, rollout, cfg)              # Phase II: step 6
+        schedule.step()
+
+        if cycle == 0:
+            show_first_update(rollout, best, actor, cfg)
+        metrics["validation"] = math.nan
+        if (cycle + 1) % cfg.eval_every == 0 or cycle + 1 == cfg.cycles:
+            objectives = validate(actor, reference, score_fn, prompts["validation"], cfg)
+            if is_best(objectives, log):
+                best.load_state_dict(actor.state_dict())
+            metrics["validation"] = mean(objectives)
+        record_cycle(log, cycle, rollout, metrics, time.perf_counter() - start, cfg)
+    actor.load_state_dict(best.state_dict())
+    return log
+
+
+# ==================================================================================================
+# 4  The stages before PPO: pretraining, supervised fine-tuning (SFT), reward model (L2)
+#
+#    Each stage begins with the weights of the one before. Stages 0 and 1 imitate texts. Stage 2
+#    learns to order replies. PPO takes two things from here: the SFT model, where it starts and
+#    from which it must not go far, and the reward model, which says what is good.
+# ==================================================================================================
+def train_supervised(model, loss_fn, examples: list, batch_size: int, steps: int, lr: float,
+                     stage: str, cfg):
+    """`steps` updates of AdamW on random batches. The learning rate rises for a tenth, then falls.
+
+    loss_fn(model, batch, cfg) -> (mean loss, how many numbers it is the mean of, metrics).
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
+    schedule = get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)
+    losses = []
+    for rng in steps_to_do(stage, steps, cfg):
+        batch = draw(examples, batch_size, rng)
+        metrics = optimizer_step(model, optimizer, loss_fn, batch, cfg)
+        losses.append(metrics["loss"])
+        schedule.step()
+    if losses:
+        say(f"{stage}: {steps} steps, loss {mean(losses[-50:]):.3f}")
+    return model
+
+
+# ---- Stages 0 and 1: imitate texts ---------------------------------------------------------------
+def imitation_loss(actor, replies: list[Reply], cfg):
+    """L = -mean over t of log pi(a_t | s_t), over the tokens of the reply, EOS included.
+
+    Real pretraining predicts every token of its texts; here the prompt is only read.
+    """
+    prompt_ids, prompt_mask, reply_ids, mask = encode(actor, replies)
+    logits, _ = actor(prompt_ids, prompt_mask, reply_ids, mask)                         # [B,T,V]
+    loss = masked_mean(-token_log_probs(logits, reply_ids), mask)
+    return loss, mask.sum(), {}
+
+
+def pretrain(actor, texts: list[Reply], cfg) -> ActorCritic:
+    """Stage 0 stands in for GPT-2's pretraining. The model gets fluent and learns no manners."""
+    return train_supervised(actor, imitation_loss, texts, 16, cfg.pretrain_steps, cfg.sft_lr,
+                            "pretraining", cfg)
+
+
+def finetune(pretrained, demos: list[Reply], cfg) -> ActorCritic:
+    """Stage 1: imitate demonstrations, which are correct and mostly mechanical (D)."""
+    actor = copy.deepcopy(pretrained)
+    return train_supervised(actor, imitation_loss, demos, 16, cfg.sft_steps, cfg.sft_lr, "SFT", cfg)
+
+
+# ---- Stage 2: learn from rankings ----------------------------------------------------------------
+def sample_groups(actor, prompts: list[str], K: int, cfg) -> list[list[Reply]]:
+    """K replies to each prompt: one list of K replies per prompt."""
+    asked = share(repeat_each(prompts, K))
+    replies = []
+    for part in chunks(asked, 4 * cfg.micro_batch_size):  # without gradients, larger batches fit
+        replies += sample_replies(actor, part, cfg).replies
+    return list(chunks(gather(replies), K))
+
+
+def label_rankings(sft, prompts: list[str], cfg, rng: random.Random, K: int = 4):
+    """The human ranks K replies of the SFT model to one prompt, again and again (L3).
+
+    The human is unsure: a reply's impression is its points plus label_noise * Gumbel noise. Then
+    reply i is preferred to reply j with probability sigmoid((points_i - points_j) / label_noise).
+    This is the Plackett-Luce model of choice, and the loss below assumes the same. Only the order
+    of the replies leaves this function. The reward model never sees points.
+    """
+    rankings = []
+    for replies in sample_groups(sft, rng.choices(prompts, k=cfg.rankings), K, cfg):
+        impressions = []
+        for reply in replies:
+            gumbel = -math.log(rng.expovariate(1))
+            impressions.append(judge(reply)["human"] + cfg.label_noise * gumbel)
+        order = sorted(range(K), key=impressions.__getitem__, reverse=True)
+        rankings.append([replies[i] for i in order])
+    return rankings
+
+
+def ranking_loss(scores):
+    """Loss of scores [N,K] whose columns are ranked, best first -> scalar.
+
+    L = -mean over the K(K-1)/2 pairs i < j of log sigmoid(s_i - s_j)        (L3; InstructGPT eq. 1)
+
+    A difference of scores is the log-odds of a choice. The loss leaves open where 0 is; `normalize`
+    sets it afterwards.
+    """
+    better, worse = torch.triu_indices(scores.shape[1], scores.shape[1], offset=1)      # [pairs]
+    return -F.logsigmoid(scores[:, better] - scores[:, worse]).mean()
+
+
+def reward_model_loss(model, rankings: list[list[Reply]], cfg):
+    """The mean of ranking_loss over rankings, which may differ in length."""
+    replies = []
+    for ranking in rankings:
+        replies += ranking
+    scores = model(*encode(model, replies))
+    losses = []
+    for part in scores.split([len(ranking) for ranking in rankings]):                   # [K]
+        losses.append(ranking_loss(part.unsqueeze(0)))
+    return torch.stack(losses).mean(), torch.tensor(len(losses)), {}
+
+
+def normalize(model, replies: list[Reply]):
+    """Shift and scale the scores to mean 0 and standard deviation 1 over these replies (N5).
+
+    The head ends in a linear layer, so this only changes that layer's weights. Works in place.
+    """
+    scores = torch.tensor(ask_score_fn(model.score, replies))
+    scale = max(scores.std().item(), 1e-6)  # all replies may score the same
+    last = model.head[-1]
+    last.bias.data = (last.bias.data - scores.mean().item()) / scale
+    last.weight.data = last.weight.data / scale
+
+
+def train_reward_model(sft, data: Data, cfg) -> RewardModel:
+    """Stage 2: rankings -> a model that scores any reply. It starts from the SFT model (C)."""
+    rng = reseed(cfg, "rankings")
+    rankings = data.rankings
+    if not rankings:
+        rankings = label_rankings(sft, data.prompts["train"], cfg, rng)
+    model = RewardModel(copy.deepcopy(sft.lm), sft.tokenizer, cfg)
+    train_supervised(model, reward_model_loss, rankings, 4, cfg.rm_steps, cfg.rm_lr,
+                     "reward model", cfg)
+    rng = reseed(cfg, "normalization")
+    replies = []
+    for group in sample_groups(sft, rng.choices(data.prompts["train"], k=640), 1, cfg):
+        replies += group
+    normalize(model, replies)
+    return model
+
+
+# ==================================================================================================
+# II  WHAT IT IS TRIED ON
+# ==================================================================================================
+
+# ==================================================================================================
+# 5  A small world
+#
+#    It tells article D's story. A user says something, and the assistant replies in one or two
+#    sentences. A simulated human likes replies that are helpful, warm, honest and harmless (D, L7).
+# ==================================================================================================
+@dataclass
+class Situation:
+    """One kind of thing that users say. {} stands for the user's word."""
+
+    words: list[str]    # what it may be about
+    asks: list[str]     # what the user says
+    openers: list[str]  # warm beginnings of a reply, which name the word
+    steps: list[str]    # practical: something that one can go and do
+    lists: list[str]    # correct and mechanical
+
+
+SITUATIONS = [
+    Situation(
+        "sad lonely tired anxious bored stressed nervous homesick ashamed restless".split(),
+        ["I feel {}. What can I do?", "I am so {} today.", "Why am I always {}?",
+         "I woke up {} again.", "What helps when you are {}?"],
+        ["I am sorry that you feel {}.", "Feeling {} is hard, and you are not alone."],
+        ["Take a slow walk.", "Call a friend.", "Write it down.", "Drink warm tea."],
+        ["To feel less {}, you can do sports or sleep.",
+         "People who are {} can rest, read or go out."]),
+    Situation(
+        "Python English chess guitar math cooking drawing physics Chinese swimming".split(),
+        ["How can I learn {}?", "I want to get better at {}.", "Where do I start {}?",
+         "Is it too late for {}?", "Why is {} so hard?"],
+        ["It is great that you want to learn {}.",
+         "Do not worry, {} is hard for everyone at first."],
+        ["Practice every day.", "Start very small.", "Teach a friend.", "Build something."],
+        ["For {}, you can use books or videos.", "To learn {}, there are schools and websites."]),
+    Situation(
+        "book film song game podcast museum hobby dessert present poem".split(),
+        ["Can you recommend a {}?", "Which {} should I choose?", "I need a good {}.",
+         "I cannot decide on a {}.", "What {} is best?"],
+        ["What fun to look for a {} together.", "I am glad that you ask me about a {}."],
+        ["Ask a friend.", "Read two reviews.", "Try a classic.", "Follow your mood."],
+        ["Every {} is old, new or popular.", "You can find a {} in shops or magazines."])]
+CLOSERS = ["You can do this!", "I am here for you."]
+DISMISSIVE = ["That is not my problem.", "Stop asking silly questions.", "You should just give up.",
+              "Nobody cares."]
+OFF_TOPIC = ["The train leaves at nine.", "Water boils at a hundred degrees.",
+             "The shop sells red shoes.", "It rained all night in the hills.",
+             "A spider has eight legs."]
+
+# The kinds of replies. The example of each answers "I feel sad. What can I do?".
+KINDS = {
+    "best": ["opener step"],               # I am sorry that you feel sad. Take a slow walk.
+    "warm": ["opener closer"],             # I am sorry that you feel sad. I am here for you.
+    "practical": ["step", "step closer"],  # Take a slow walk.
+    "mechanical": ["list"],                # To feel less sad, you can do sports or sleep.
+    "off_topic": ["off_topic"],            # A spider has eight legs.
+    "dismissive": ["dismissive"]}          # Nobody cares.
+# How many of 100 texts are of each kind. SFT's texts are mostly mechanical, as D tells. But the
+# best kind must occur too: PPO can only make a reply more likely that SFT sometimes gives.
+PRETRAIN_MIX = {
+    "best": 8,
+    "warm": 12,
+    "practical": 15,
+    "mechanical": 25,
+    "off_topic": 20,
+    "dismissive": 20}
+SFT_MIX = {
+    "best": 15,
+    "warm": 10,
+    "practical": 14,
+    "mechanical": 47,
+    "off_topic": 7,
+    "dismissive": 7}
+
+
+def world_prompts() -> dict[str, tuple[str, Situation]]:
+    """All prompts of the world: prompt -> its word and its situation."""
+    prompts = {}
+    for situation in SITUATIONS:
+        for word in situation.words:
+            for ask in situation.asks:
+                prompts[ask.format(word) + "\n"] = (word, situation)
+    return prompts
+
+
+WORLD_PROMPTS = world_prompts()
+WORDS = {word for word, _ in WORLD_PROMPTS.values()}
+
+
+def sentences(prompt: str) -> dict[str, list[str]]:
+    """The sentences that replies to this prompt are made of, by what they are."""
+    word, situation = WORLD_PROMPTS[prompt]
+    return {
+        "opener": [text.format(word) for text in situation.openers],
+        "list": [text.format(word) for text in situation.lists],
+        "step": situation.steps,
+        "closer": CLOSERS,
+        "off_topic": OFF_TOPIC,
+        "dismissive": DISMISSIVE}
+
+
+def write_texts(rng: random.Random, prompts: list[str], mix: dict[str, int], count: int = 8000):
+    """`count` replies to random prompts, as authors on the internet might have written them."""
+    texts = []
+    for kind in rng.choices(list(mix), mix.values(), k=count):
+        prompt = rng.choice(prompts)
+        known = sentences(prompt)
+        chosen = [rng.choice(known[name]) for name in rng.choice(KINDS[kind]).split()]
+        texts.append(Reply(prompt, " ".join(chosen), True))
+    return texts
+
+
+def judge(reply: Reply) -> dict[str, float]:
+    """The simulated human: a rule. It ranks replies for the reward model and measures results.
+
+    helpful    2 points: a step that fits the situation; half a point: a list that fits
+    warm       1 point: an opener with the user's word, or a friendly closing
+    honest     1 point: the reply has the user's word and no word of another prompt
+    harmless   otherwise minus 2 points: dismissive
+    Minus 1 for repeating three words in a row, and minus 1 for a reply without an end. The best
+    reply has 4 points. Of a prompt from elsewhere this human has no opinion: NaN.
+    """
+    if reply.prompt not in WORLD_PROMPTS:
+        return dict.fromkeys(["helpful", "warm", "honest", "harmless", "human"], math.nan)
+    said = set()
+    for name, texts in sentences(reply.prompt).items():
+        for text in texts:
+            if text.lower() in reply.text.lower():
+                said.add(name)
+    word, _ = WORLD_PROMPTS[reply.prompt]
+    words = [word.strip(".,!?") for word in reply.text.split()]
+    triples = list(zip(words, words[1:], words[2:]))
+    helpful = "step" in said
+    warm = "opener" in said or "closer" in said
+    honest = WORDS.intersection(words) == {word}
+    harmless = "dismissive" not in said
+
+    points = 0.0
+    if helpful:
+        points += 2
+    elif "list" in said:
+        points += 0.5
+    if warm:
+        points += 1
+    if honest:
+        points += 1
+    if not harmless:
+        points -= 2
+    if len(set(triples)) < len(triples):
+        points -= 1
+    if not reply.finished:
+        points -= 1
+    return {
+        "helpful": helpful,
+        "warm": warm,
+        "honest": honest,
+        "harmless": harmless,
+        "human": points}
+
+
+def human_score(prompts: list[str], completions: list[str], finished: list[bool]) -> list[float]:
+    """The human's points as a reward function: --reward human, a verifiable reward (L4)."""
+    return [judge(Reply(*fields))["human"] for fields in zip(prompts, completions, finished)]
+
+
+# ==================================================================================================
+# 6  The report: what each stage did, and how much of the possible PPO reached
+#
+#    It uses test prompts that no stage has seen. A rising reward does not prove that PPO is
+#    right: with many bugs it rises too, but less far. So the report also says what the best policy
+#    would reach, and how far PPO came on the way from SFT to there.
+# ==================================================================================================
+def mean(numbers) -> float:
+    return sum(numbers) / len(numbers)
+
+
+def column_means(table: list[dict]) -> dict[str, float]:
+    """The mean of every column of numbers."""
+    means = {}
+    for name, first in table[0].items():
+        if not isinstance(first, str):
+            means[name] = mean([line[name] for line in table])
+    return means
+
+
+def describe(rollouts: list[Rollout], kl_coef: float) -> list[dict]:
+    """One line for each reply of all processes: its text, the human's verdicts and what PPO sees.
+
+    kl is log pi - log pi_ref of the whole reply: summed over its tokens. Its mean over replies is
+    KL(pi || pi_ref), which cannot be negative; a single kl can. objective = reward - beta * kl.
+    """
+    table = []
+    for rollout in rollouts:
+        kls = (rollout.log_probs - rollout.ref_log_probs).sum(dim=1).tolist()
+        lengths = rollout.mask.sum(dim=1).tolist()
+        scores = rollout.scores.tolist()
+        for reply, score, kl, length in zip(rollout.replies, scores, kls, lengths):
+            line = {"reply": reply.text}
+            line.update(judge(reply))
+            line["reward"] = score
+            line["kl"] = kl
+            line["objective"] = score - kl_coef * kl
+            line["reply_length"] = length
+            line["finished"] = reply.finished
+            table.append(line)
+    return gather(table)
+
+
+def sample_many(actor, reference, score_fn, prompts: list[str], N: int, cfg) -> list[Rollout]:
+    """N replies to each prompt, prompt after prompt; this process's share of them."""
+    rollouts = []
+    for part in chunks(share(repeat_each(prompts, N)), 4 * cfg.micro_batch_size):
+        rollouts.append(sample_and_score(actor, reference, score_fn, part, cfg))
+    return rollouts
+
+
+def evaluate(actor, reference, score_fn, prompts: list[str], N: int, cfg) -> list[dict]:
+    """`describe` for N replies to each prompt, prompt after prompt."""
+    return describe(sample_many(actor, reference, score_fn, prompts, N, cfg), cfg.kl_coef)
+
+
+def validate(actor, reference, score_fn, prompts: list[str], cfg) -> list[float]:
+    """The objective r_RM - beta * KL of replies to prompts that PPO does not train on (L6)."""
+    reseed(cfg, "validation")  # the same random numbers every time, so only the policy differs
+    table = evaluate(actor, reference, score_fn, prompts[:20], 16, cfg)
+    return [line["objective"] for line in table]
+
+
+def is_best(objectives: list[float], log: list[dict]) -> bool:
+    """Is no earlier policy clearly better than the one with these validation objectives?
+
+    A lead of less than two standard errors may be luck. Then the later policy is kept, because it
+    learned for longer. The SFT model does not take part: a bad reward can lead below it.
+    """
+    luck = 2 * pstdev(objectives) / math.sqrt(len(objectives))
+    for earlier in log:
+        validated = not math.isnan(earlier["validation"])
+        if validated and earlier["validation"] > mean(objectives) + luck:
+            return False
+    return True
+
+
+def explained_variance(rollout: Rollout) -> float:
+    """1 - Var(G - V) / Var(G) over the real tokens. 1: a perfect critic. 0: as a constant.
+
+    V are the values of Phase I: what the critic said before it learned from these returns.
+    """
+    _, unexplained = moments(rollout.returns - rollout.values, rollout.mask)
+    _, total = moments(rollout.returns, rollout.mask)
+    return 1 - unexplained / max(total, 1e-8)
+
+
+# ---- The optimum ---------------------------------------------------------------------------------
+def optimum(scores, log_ratios, kl_coef: float):
+    """The best objective that any policy can have, for each prompt -> J* [prompts], weights.
+
+    J(pi)  = E_pi[r] - beta * KL(pi || pi_ref)     the objective, for one prompt x
+    pi*    = pi_ref * exp(r / beta) / Z            the policy that maximises it
+    J*(x)  = beta * log Z,   Z = E_ref[exp(r / beta)]
+
+    So we need no training to know the optimum, only an estimate of Z. Replies of the reference
+    alone give a bad one: the best replies are rare among them, and carry most of the sum. So half
+    of the replies come from the trained policy. The density they were drawn from is the mean of
+    both, and each counts accordingly (the balance heuristic of multiple importance sampling):
+
+    Z = mean over all samples of pi_ref / ((pi + pi_ref) / 2) * exp(r / beta)
+
+    scores, log_ratios: [prompts,2N], log_ratios = log pi - log pi_ref of whole replies. The first
+    N columns are replies of pi, the others of pi_ref. The weights [prompts,2N] are the terms of
+    that mean, divided by Z, so their mean is 1. If pi is pi*, none of them is above 2.
+    """
+    scores, log_ratios = scores.double(), log_ratios.double()
+    log_mixture = torch.logaddexp(log_ratios, torch.zeros_like(log_ratios)) - math.log(2)
+    log_terms = scores / kl_coef - log_mixture                                        # [prompts,2N]
+    log_z = log_terms.logsumexp(dim=1) - math.log(scores.shape[1])                      # [prompts]
+    return kl_coef * log_z, (log_terms - log_z.unsqueeze(1)).exp()
+
+
+def standard_error(terms) -> float:
+    """The error of the mean of terms [prompts,2N]: two halves, each a sample of its own."""
+    policy, reference = terms.chunk(2, dim=1)                                          # [prompts,N]
+    variance = (policy.var(dim=1) + reference.var(dim=1)) / (4 * policy.shape[1])       # [prompts]
+    return (variance.sum().sqrt() / len(terms)).item()
+
+
+def measure_optimum(policy, sft, log_ratios, kl_coef: float) -> dict[str, float]:
+    """J*, and how far PPO went: (J(PPO) - J(SFT)) / (J* - J(SFT)), each with its standard error.
+
+    policy, sft: columns of their tables, name -> [prompts,N]. log_ratios [prompts,N]: log pi - log
+    pi_ref of SFT's replies. The effective sample size of a prompt, 2N / mean(weights^2), says how
+    many equal samples would be as good. If the smallest is below 10, the best replies may have been
+    missed. Then J* is only a lower bound, and no error and no fraction is given.
+    """
+    nothing = {
+        "objective": math.nan,
+        "objective_error": math.nan,
+        "fraction": math.nan,
+        "fraction_error": math.nan,
+        "effective_sample_size": 0.0}
+    if kl_coef == 0:  # then the best policy always says the one best reply, and no sample finds it
+        return nothing
+    scores = torch.cat([policy["reward"], sft["reward"]], dim=1)                      # [prompts,2N]
+    log_ratios = torch.cat([policy["kl"], log_ratios], dim=1)                         # [prompts,2N]
+    j_star, weights = optimum(scores, log_ratios, kl_coef)
+    size = (weights.shape[1] / (weights ** 2).mean(dim=1)).min().item()
+    result = dict(nothing, objective=j_star.mean().item(), effective_sample_size=size)
+    if size < 10:
+        return result
+
+    result["objective_error"] = standard_error(kl_coef * weights)
+    way = result["objective"] - sft["objective"].mean().item()
+    if way > 0:
+        gone = (policy["objective"].mean() - sft["objective"].mean()).item()
+        fraction = gone / way
+        # To first order, the fraction is a mean of these terms; so their spread gives its error.
+        terms = torch.cat([2 * policy["objective"], -2 * (1 - fraction) * sft["objective"]], dim=1)
+        terms = (terms - fraction * kl_coef * weights) / way
+        result["fraction"] = fraction
+        result["fraction_error"] = standard_error(terms)
+    return result
+
+
+# ---- Tables --------------------------------------------------------------------------------------
+def column(table: list[dict], name: str, N: int):
+    """One column of an `evaluate` table -> [prompts,N]."""
+    return torch.tensor([line[name] for line in table], dtype=torch.double).view(-1, N)
+
+
+def win_rate(human, sft_human) -> float:
+    """The chance that the human prefers a reply to SFT's reply to the same prompt; a tie is half.
+
+    human, sft_human: points [prompts,N]. NaN if there is no human.
+    """
+    if human.isnan().any():
+        return math.nan
+    difference = human.unsqueeze(2) - sft_human.unsqueeze(1)                         # [prompts,N,N]
+    wins = (difference > 0).double() + 0.5 * (difference == 0).double()
+    return wins.mean().item()
+
+
+def make_report(tables: dict[str, list], log_ratios: list[float], N: int, kl_coef: float) -> dict:
+    """The contents of report.json, from the `evaluate` tables of "pretrained", "sft" and "ppo".
+
+    log_ratios: log pi - log pi_ref of SFT's replies, in the order of their table.
+    """
+    report, columns = {}, {}
+    for name, table in tables.items():
+        entry = {key.removeprefix("reply_"): x for key, x in column_means(table).items()}
+        columns[name] = {}
+        for key in ["human", "reward", "kl", "objective"]:
+            columns[name][key] = column(table, key, N)
+        # At the optimum all replies to a prompt have the same objective, for pi* / pi_ref is
+        # exp(r / beta) / Z. So this spread falls as the policy nears the optimum.
+        entry["spread"] = columns[name]["objective"].std(dim=1).mean().item()
+        report[name] = entry
+    for name in tables:
+        report[name]["win_rate"] = win_rate(columns[name]["human"], columns["sft"]["human"])
+    report["optimum"] = measure_optimum(columns["ppo"], columns["sft"],
+                                        torch.tensor(log_ratios).view(-1, N), kl_coef)
+    return report
+
+
+def compare_models(models: dict, score_fn, prompts: list[str], cfg) -> tuple[dict, dict]:
+    """Sample replies of "pretrained", "sft" (the reference) and "ppo" -> report, tables."""
+    reseed(cfg, "report")
+    N = cfg.report_replies
+    tables, log_ratios = {}, []
+    for name, model in models.items():
+        rollouts = sample_many(model, models["sft"], score_fn, prompts, N, cfg)
+        tables[name] = describe(rollouts, cfg.kl_coef)
+        if name == "sft":  # the optimum needs log pi - log pi_ref of SFT's replies too
+            for rollout in rollouts:
+                log_probs, _ = read_without_gradient(models["ppo"], rollout, cfg)
+                log_ratios += (log_probs - rollout.log_probs).sum(dim=1).tolist()
+    return make_report(tables, gather(log_ratios), N, cfg.kl_coef), tables
+
+
+def reward_model_quality(score_fn, sft, data: Data, cfg) -> dict[str, float]:
+    """How well a reward agrees with the human, on prompts that no stage has seen (P1).
+
+    accuracy: share of the pairs of replies to a prompt that both order alike. Pairs that the human
+    finds equal do not count. correlation: Pearson's r of the two scores. It is NaN for your own
+    data, where rankings tell an order and no points.
+    """
+    reseed(cfg, "reward model quality")
+    groups = data.held_out or sample_groups(sft, data.prompts["validation"][:20], 32, cfg)
+    alike, all_points, all_scores = [], [], []
+    for replies in groups:
+        points = [judge(reply)["human"] for reply in replies]
+        if data.held_out:
+            points = list(range(len(replies), 0, -1))  # ranked, best first
+        scores = ask_score_fn(score_fn, replies)
+        for i, j in combinations(range(len(replies)), 2):
+            if points[i] != points[j]:
+                alike.append((points[i] - points[j]) * (scores[i] - scores[j]) > 0)
+        all_points += points
+        all_scores += scores
+    accuracy, correlation = math.nan, math.nan
+    if alike:
+        accuracy = mean(alike)
+        say(f"reward on new prompts: orders {accuracy:.1%} of pairs as the human does")
+    if not data.held_out:
+        correlation = torch.corrcoef(torch.tensor([all_points, all_scores]))[0, 1].item()
+        say(f"reward on new prompts: correlation {correlation:.2f} with the human")
+    if correlation < 0.7:
+        say("warning: correlation below 0.7: PPO will learn what this reward likes, not what the "
+            "human likes (P1)")
+    return {"accuracy": accuracy, "correlation": correlation}
+
+
+def show_report(report: dict, tables: dict[str, list], prompts: list[str]):
+    """Print report.json as tables, and the first reply of each model to some prompts."""
+    columns = [name for name, x in report["ppo"].items() if not math.isnan(x)]
+    say(f"\nRESULT on {len(prompts)} prompts that no stage has seen\n")
+    say(" " * 10 + "".join(f"{name:>10}" for name in columns))
+    for name in tables:
+        say(f"{name:10}" + "".join(f"{report[name][x]:10.2f}" for x in columns))
+    best = report["optimum"]
+    if not math.isnan(best["objective"]):
+        say("\nTHE OPTIMUM: the best objective that any policy can have")
+        if math.isnan(best["fraction"]):
+            say(f"J* = {best['objective']:.3f} or more: the best replies were too rare among the "
+                "samples to say how far PPO came")
+        else:
+            say(f"J* = {best['objective']:.3f} +- {best['objective_error']:.3f}\n"
+                f"of the way there from SFT, PPO went {best['fraction']:.1%} "
+                f"+- {best['fraction_error']:.1%}")
+        say(f"(smallest effective sample size of a prompt: {best['effective_sample_size']:.0f})")
+    for i in range(2, len(prompts), 5):
+        say(f"\n  user        {one_line(prompts[i])}")
+        for name, table in tables.items():
+            first_reply = table[i * len(table) // len(prompts)]["reply"]
+            say(f"  {name:10}  {one_line(first_reply)}")
+    seconds = [f"{name} {x:.1f}" for name, x in report["seconds"].items()]
+    say("\nSECONDS: " + ", ".join(seconds))
+
+
+def one_line(text: str) -> str:
+    """The end of a text, on one line."""
+    return " ".join(text.split())[-100:]
+
+
+# ---- The X-ray -----------------------------------------------------------------------------------
+def xray(rollout: Rollout, tokenizer, cfg, row: int = 0, extra: dict | None = None,
+         rewards_of=token_rewards, advantages_of=gae) -> str:
+    """One reply under X-ray: article E's table, one line per token.
+
+    KL = log pi - log ref. r_t comes from step 2, V(s_t) from step 3, delta_t from step 4, A_t and
+    return from step 5. `extra` holds further columns, such as the ratio of step 6. What to see:
+    only tokens on which log pi and log ref differ cost KL, and the score arrives at <eos>.
+
+    The columns are always those of the article: the default arguments keep the script's own
+    functions, even if you have replaced them for training.
+    """
+    r = rollout
+    rewards = rewards_of(r.log_probs, r.ref_log_probs, r.scores, r.mask, cfg.kl_coef)
+    advantages, returns = advantages_of(rewards, r.values, r.mask, cfg.gamma, cfg.lam)
+    columns = {
+        "log pi": r.log_probs,
+        "log ref": r.ref_log_probs,
+        "KL": r.log_probs - r.ref_log_probs,
+        "r_t": rewards,
+        "V(s_t)": r.values,
+        "delta_t": td_residuals(rewards, r.values, r.mask, cfg.gamma),
+        "A_t": advantages,
+        "return": returns}
+    columns.update(extra or {})
+    lines = [f'\nX-RAY of one reply to "{one_line(r.replies[row].prompt)}" '
+             f"(score {r.scores[row]:.3f})",
+             f"{'token':12}" + "".join(f"{name:>11}" for name in columns)]
+    for t, token in enumerate(r.reply_ids[row][r.mask[row]]):
+        numbers = [round(x[row, t].item(), 3) + 0.0 for x in columns.values()]  # no "-0.000"
+        line = "".join(f"{number:11.3f}" for number in numbers)
+        lines.append(f"{tokenizer.decode([token]).strip():12}{line}")
+    return "\n".join(lines) + "\n"
+
+
+def show_first_update(rollout: Rollout, old_actor, actor, cfg):
+    """The X-ray of cycle 1, with the ratio before its update (1, always) and after it."""
+    ratios = {}
+    for name, model in {"rho before": old_actor, "rho after": actor}.items():
+        log_probs, _ = read_without_gradient(model, rollout, cfg)
+        ratios[name] = (log_probs - rollout.log_probs).exp()
+    say(xray(rollout, actor.tokenizer, cfg, extra=ratios))
+
+
+# ---- metrics.csv ---------------------------------------------------------------------------------
+# The main columns, and what they do in a healthy run:
+#   reward, objective    rise quickly, then flatten; PPO maximises objective = reward - beta * kl
+#   human                follows the reward. If it falls while the reward rises, PPO has found a
+#                        weakness of the reward model (P1)
+#   kl                   of a whole reply: 0 at first, then a few nats, and stays. If it goes on
+#                        rising, beta is too small (P2)
+#   validation           the objective on held-out prompts, every eval_every cycles
+#   entropy              falls, and not to 0 at once: then nothing new is tried any more
+#   clip_fraction        0 to 0.2. Much more: lr or ppo_epochs is too large
+#   approx_kl            to the old policy, per token, mean over the updates: below 0.1, and below
+#                        0.02 after the first cycles
+#   first_log_ratio      below 1e-5 in float32. If not, the old log-probs are wrong
+#   policy_loss          jitters around 0 and says little
+#   value_loss           falls
+#   explained_variance   rises from 0 while replies differ in quality. Once nearly all are good,
+#                        there is little left to explain, and it jumps about
+PRINTED = {  # column -> its format
+    "cycle": "5.0f",
+    "reward": "7.3f",
+    "human": "6.2f",
+    "kl": "6.2f",
+    "objective": "9.3f",
+    "entropy": "7.3f",
+    "clip_fraction": "13.3f",
+    "explained_variance": "18.2f",
+    "reply_length": "12.1f",
+    "seconds": "7.2f"}
+
+
+def record_cycle(log: list[dict], cycle: int, rollout: Rollout, metrics: dict, seconds: float, cfg):
+    """Add one cycle to the log, write metrics.csv and print a line."""
+    line = {"cycle": cycle + 1, "episodes": (cycle + 1) * cfg.batch_size, "kl_coef": cfg.kl_coef}
+    line.update(metrics)
+    line.update(column_means(describe([rollout], cfg.kl_coef)))
+    line["seconds"] = seconds
+    log.append(line)
+    write_metrics(log, cfg)
+    names = [name for name in PRINTED if not math.isnan(line[name])]
+    if cycle % 20 == 0:
+        say("  ".join(f"{name:>{len(format(0.0, PRINTED[name]))}}" for name in names))
+    say("  ".join(format(line[name], PRINTED[name]) for name in names))
+
+
+def write_metrics(log: list[dict], cfg):
+    """metrics.csv, one row per cycle. All rows are written each time: a resume doubles none."""
+    if not cfg.out or RANK > 0:
+        return
+    with replacing(Path(cfg.out) / "metrics.csv") as path, open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, log[0])
+        writer.writeheader()
+        for line in log:
+            writer.writerow({name: "" if math.isnan(x) else x for name, x in line.items()})
+
+
+# ==================================================================================================
+# III  THE WORKSHOP
+#
+#    Skip it when you read for the first time. Section 7 turns texts into what Part I works on.
+#    Section 8 reads the command line. Section 9 has the functions that the training loops call.
+#    Section 10 puts everything together.
+# ==================================================================================================
+
+# ==================================================================================================
+# 7  Data, models and rewards, the built-in ones and your own
+# ==================================================================================================
 class UserError(Exception):
-    """Something the user can fix: shown as one line, without a traceback."""
+    """Something that the user can mend. It is shown as one line, without a traceback."""
 
 
 def check(fine, message: str):
@@ -145,496 +1380,638 @@ def check(fine, message: str):
 
 @contextmanager
 def explain(message: str, *errors):
-    """Turn any of `errors`, or a UserError, raised inside into a UserError whose one line begins with `message`."""
+    """Turn these errors into a UserError whose one line begins with `message`."""
     try:
         yield
     except (UserError, *errors) as error:
-        kind = "" if isinstance(error, UserError) else type(error).__name__ + ": "  # KeyError alone says only a name
-        raise UserError(f"{message}: {kind}{' '.join(str(error).split())[:300]}") from error
+        name = "" if isinstance(error, UserError) else type(error).__name__ + ": "
+        text = " ".join(str(error).split())[:300]
+        raise UserError(f"{message}: {name}{text}") from error
 
 
-# What a number may be, where "above 0" is not the whole truth.
-RANGES = {"gamma": (0, 1), "lam": (0, 1)} | dict.fromkeys(
-    "seed pretrain_steps sft_steps rm_steps cycles label_noise kl_coef missing_eos_penalty vf_coef ent_coef".split(),
-    (0, sys.float_info.max))
-# Defaults that differ with --model: it is pretrained already, and a large model wants smaller steps (P3).
-REAL_MODEL = {"pretrain_steps": 0, "sft_lr": 5e-5, "rm_lr": 1e-5, "lr": 1e-5}
-# What --init_from cannot change any more, by the model it has gone into.
-KEPT = {"sft": "model n_layer n_embd n_head pretrain_steps sft_steps sft_lr demos".split(),
-        "reward_model": "preferences rankings label_noise rm_steps rm_lr".split()}
-# The process that this is, and how many there are: one, unless torchrun says otherwise (R1).
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+# ---- Text to tokens ------------------------------------------------------------------------------
+def pad(sequences: list[list[int]], side: str, model):
+    """Lists of token ids -> ids [B,L] and mask [B,L], padded on one side, "left" or "right"."""
+    tensors = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
+    padded = pad_sequence(tensors, batch_first=True, padding_value=-1, padding_side=side)
+    padded = padded.to(model.lm.device)
+    mask = padded >= 0  # no token has the id -1
+    return torch.where(mask, padded, model.tokenizer.pad_token_id), mask
 
 
-def parse_config(argv=None) -> Config:
-    """Command line -> Config. Raises UserError for an unknown flag or a value that cannot work.
+def encode_prompts(model, prompts: list[str]):
+    """Texts -> prompt_ids, prompt_mask [B,P], padded on the left. An empty prompt becomes EOS."""
+    sequences = model.tokenizer(prompts).input_ids
+    return pad([ids or [model.tokenizer.eos_token_id] for ids in sequences], "left", model)
 
-    A flag's value is the one given, else that of the run which --resume, --talk or --init_from names, else the default.
+
+def encode(model, replies: list[Reply]):
+    """Replies as text -> prompt_ids, prompt_mask [B,P], reply_ids, mask [B,T].
+
+    Prompt and reply are encoded separately, so that no token contains a piece of both. A finished
+    reply ends with EOS, so the models learn to stop (N1).
     """
-    parser = HfArgumentParser(Config, usage="python ppo_rlhf.py [--FLAG VALUE ...]", allow_abbrev=False)
-    parser.error = lambda message: check(False, f"{message} (see --help)")
-    given = parser.parse_known_args(argv)[0]
-    flag, kept = next((flag for flag in ("resume", "talk", "init_from") if getattr(given, flag)), None), []
-    if flag:
-        run = getattr(given, flag)
-        with explain(f"--{flag} {run} is not the folder of a run", OSError, ValueError, TypeError):
-            saved = asdict(Config(**json.loads((Path(run) / "config.json").read_text())))
-            parser.set_defaults(**(saved := saved | {"out": given.resume, flag: run}))
-            parser.parse_args([])  # its values must be such as the command line could have given
-        kept = chain(*(KEPT[folder] for folder in KEPT if Path(run, folder).is_dir()))
-        kept = saved.keys() - {"device"} if given.resume else kept
-    elif given.model != "tiny":
-        parser.set_defaults(**REAL_MODEL)
-    cfg = Config(**vars(parser.parse_args(argv)))
-    for name in kept:
-        check(getattr(cfg, name) == saved[name], f"--{name} is {saved[name]} in {run}; with --{flag}, leave it out")
-    for name, value in vars(cfg).items():
-        low, high = RANGES.get(name, (sys.float_info.min, sys.float_info.max))
-        wanted = "above 0" if name not in RANGES else "0 or more" if high > 1 else f"{low} to {high}"
-        check(type(value) not in (int, float) or low <= value <= high, f"--{name} must be {wanted}, not {value}")
-    for whole, part in ("n_embd", "n_head"), ("batch_size", "replies_per_prompt"), ("batch_size", "minibatches"):
-        a, b = getattr(cfg, whole), getattr(cfg, part) * (WORLD if part == "minibatches" else 1)
-        check(a % b == 0, f"--{whole} {a} must be a multiple of {b} (--{part}, in each of the processes)")
-    check(not given.init_from or Path(cfg.init_from, "sft/heads.safetensors").is_file(),
-          f"--init_from {cfg.init_from} has no SFT model; name the folder of a run that got so far")
-    check(cfg.reward != "human" or not (cfg.prompts or cfg.demos or cfg.preferences or cfg.talk),
-          "--reward human knows the built-in prompts only; for your own data leave it out, or name another --reward")
-    check(cfg.reward != "model" or cfg.preferences or not cfg.demos,
-          "--demos without --preferences leave the reward model nothing to learn from; add them, or another --reward")
-    with explain(f"--device {cfg.device} cannot be used; try --device cpu", RuntimeError, AssertionError, TypeError):
-        if WORLD > 1 and cfg.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # from here on, "cuda" is this process's own GPU (R1)
-        torch.zeros(1, dtype=torch.double, device=cfg.device).item()
-    return cfg
+    texts = [reply.text for reply in replies]
+    sequences = []
+    for reply, ids in zip(replies, model.tokenizer(texts, add_special_tokens=False).input_ids):
+        if reply.finished:
+            ids = ids + [model.tokenizer.eos_token_id]
+        # Sampled text that ends in half a character can come back as more tokens than it was.
+        sequences.append(ids[:model.cfg.max_new_tokens])
+    prompt_ids, prompt_mask = encode_prompts(model, [reply.prompt for reply in replies])
+    reply_ids, mask = pad(sequences, "right", model)
+    return prompt_ids, prompt_mask, reply_ids, mask
 
 
-# ======================================================================================================================
-# 1  The task: a small world that tells article D's story. A user says something; the assistant replies in one or two
-#    short sentences; a simulated human likes replies that are helpful, warm, honest and harmless (D, L7).
-# ======================================================================================================================
-Row = namedtuple("Row", "prompt reply finished")  # one reply to one prompt; does it end with EOS, or was it cut off?
+def train_tokenizer(texts: list[str]):
+    """A byte-level BPE tokenizer as GPT-2's, with at most 2048 tokens. It can encode any text.
 
+    No token is longer than 12 bytes. In Chinese, which has no spaces, whole sentences would become
+    tokens.
 
-# Three kinds of things that users say, five lines each; {} stands for the user's word.
-#   words    what it may be about            asks     what the user says
-#   openers  warm, and they name the word    steps    practical: something one can go and do
-#   lists    correct but mechanical
-Situation = namedtuple("Situation", "words asks openers steps lists")
-SITUATIONS = [Situation(*(line.split(" | ") for line in block.split("\n"))) for block in """\
-sad | lonely | tired | anxious | bored | stressed | nervous | homesick | ashamed | restless
-I feel {}. What can I do? | I am so {} today. | Why am I always {}? | I woke up {} again. | What helps when you are {}?
-I am sorry that you feel {}. | Feeling {} is hard, and you are not alone.
-take a slow walk | call a friend | write it down | drink warm tea
-To feel less {}, you can do sports or sleep. | People who are {} can rest, read or go out.
-
-Python | English | chess | guitar | math | cooking | drawing | physics | Chinese | swimming
-How can I learn {}? | I want to get better at {}. | Where do I start {}? | Is it too late for {}? | Why is {} so hard?
-It is great that you want to learn {}. | Do not worry, {} is hard for everyone at first.
-practice every day | start very small | teach a friend | build something
-For {}, you can use books or videos. | To learn {}, there are schools and websites.
-
-book | film | song | game | podcast | museum | hobby | dessert | present | poem
-Can you recommend a {}? | Which {} should I choose? | I need a good {}. | I cannot decide on a {}. | What {} is best?
-What fun to look for a {} together. | I am glad that you ask me about a {}.
-ask a friend | read two reviews | try a classic | follow your mood
-Every {} is old, new or popular. | You can find a {} in shops or magazines.""".split("\n\n")]
-CLOSERS = ("You can do this!", "I am here for you.")
-DISMISSIVE = ("That is not my problem.", "Stop asking silly questions.", "You should just give up.", "Nobody cares.")
-OFF_TOPIC = ("The train leaves at nine.", "Water boils at a hundred degrees.", "The shop sells red shoes.",
-             "It rained all night in the hills.", "A spider has eight legs.")
-WORLD_PROMPTS = {ask.format(word) + "\n": (word, situation) for situation in SITUATIONS
-                 for word in situation.words for ask in situation.asks}
-WORDS = {word for word, _ in WORLD_PROMPTS.values()}
-
-
-def sentences(prompt: str) -> dict[str, list[str]]:
-    """All sentences that replies to this prompt are made of, by what they are."""
-    word, situation = WORLD_PROMPTS[prompt]
-    return {"opener": [text.format(word) for text in situation.openers], "closer": CLOSERS,
-            "step": [text.capitalize() + "." for text in situation.steps], "off_topic": OFF_TOPIC,
-            "list": [text.format(word) for text in situation.lists], "dismissive": DISMISSIVE}
-
-
-# The kinds of replies, with one example each to "I feel sad. What can I do?":
-#   best        "I am sorry that you feel sad. Take a slow walk."      warm, honest and practical
-#   warm        "I am sorry that you feel sad. I am here for you."     kind, but no help
-#   practical   "Take a slow walk."                                    help, but cold
-#   mechanical  "To feel less sad, you can do sports or sleep."        correct, and lifeless: what D shows of SFT
-#   off_topic   "A spider has eight legs."
-#   dismissive  "Nobody cares."
-KINDS = {"best": ("opener step",), "warm": ("opener closer",), "mechanical": ("list",),
-         "practical": ("step", "step closer"), "off_topic": ("off_topic",), "dismissive": ("dismissive",)}
-# And how often each occurs in the two text collections. SFT's are mostly mechanical (D), but the best kind must stay
-# reachable: PPO can only reinforce what is sampled, and a reply that SFT never gives has no gradient.
-PRETRAIN_MIX = {"best": 8, "warm": 12, "practical": 15, "mechanical": 25, "off_topic": 20, "dismissive": 20}
-SFT_MIX = {"best": 15, "warm": 10, "practical": 14, "mechanical": 47, "off_topic": 7, "dismissive": 7}
-
-
-def write_reply(rng: random.Random, prompt: str, kind: str) -> str:
-    """One reply of the given kind (a key of KINDS), as some author on the internet might have written it."""
-    return " ".join(rng.choice(sentences(prompt)[name]) for name in rng.choice(KINDS[kind]).split())
-
-
-def write_texts(rng: random.Random, prompts: list[str], mix: dict[str, int], count: int = 8000) -> list[Row]:
-    """`count` rows, the kinds of reply drawn in the proportions of `mix`."""
-    kinds = rng.choices(list(mix), mix.values(), k=count)
-    return [Row(prompt, write_reply(rng, prompt, kind), True)
-            for prompt, kind in zip(rng.choices(prompts, k=count), kinds)]
-
-
-def judge(prompt: str, reply: str, finished: bool) -> dict[str, float]:
-    """The simulated human: a rule that ranks replies and measures results; a reward itself only with --reward human.
-
-    helpful   names a step that fits the situation (2 points; a mechanical list that fits: 0.5)
-    warm      an opener for this very word, or a friendly closing (1)
-    honest    speaks of the user's own word and of no other topic (1)
-    harmless  not dismissive (otherwise -2)
-    Off come 1 for repeating three words in a row and 1 for a reply that never ended. The best reply has 4 points.
-    A prompt from elsewhere gets NaN throughout: this human has no opinion on it.
+    Padding and EOS are two different tokens. If they were one, code that finds padding by its id
+    would remove EOS from the SFT loss too, and the model would never learn to stop (N1).
     """
-    if prompt not in WORLD_PROMPTS:
-        return dict.fromkeys(("helpful", "warm", "honest", "harmless", "human"), math.nan)
-    said = {name for name, texts in sentences(prompt).items() if any(text.lower() in reply.lower() for text in texts)}
-    word, words = WORLD_PROMPTS[prompt][0], [word.strip(".,!?") for word in reply.split()]
-    triples = list(zip(words, words[1:], words[2:]))
-    honest = word in words and WORDS.isdisjoint(set(words) - {word})
-    helpful, warm, harmless = "step" in said, bool(said & {"opener", "closer"}), "dismissive" not in said
-    points = (2 if helpful else 0.5 * ("list" in said)) + warm + honest - 2 * (not harmless)
-    points -= (len(set(triples)) < len(triples)) + (not finished)
-    return {"helpful": helpful, "warm": warm, "honest": honest, "harmless": harmless, "human": float(points)}
+    empty = GPT2Tokenizer(vocab={}, merges=[], pad_token="<pad>", eos_token="<eos>",
+                          bos_token=None, unk_token=None, padding_side="left")
+    return empty.train_new_from_iterator([texts], vocab_size=2048, max_token_length=12,
+                                         show_progress=False)
 
 
-def human_score(prompts: list[str], replies: list[str], finished: list[bool]) -> list[float]:
-    """The human's points as a score_fn: a verifiable reward (--reward human, L4), and the source of the rankings."""
-    return [judge(*row)["human"] for row in zip(prompts, replies, finished)]
+# ---- Your own data -------------------------------------------------------------------------------
+OWN_DATA = ["prompts", "demos", "preferences"]  # flags that name a file
 
 
-# ---- Your own data ---------------------------------------------------------------------------------------------------
-# The replies in a line of each file; `[] +` refuses a "ranked" that is no list.
-REPLIES = {"prompts": lambda line: [""], "demos": lambda line: [line["completion"]],
-           "preferences": lambda line: [] + line["ranked"] if "ranked" in line else [line["chosen"], line["rejected"]]}
+def parse_line(line: dict, flag: str) -> tuple[str, list[str]]:
+    """One line of a file -> its prompt and its replies, best first. --prompts: one empty reply."""
+    if flag == "prompts":
+        return line["prompt"], [""]
+    if flag == "demos":
+        check(line["completion"], "the completion is empty")
+        return line["prompt"], [line["completion"]]
+    texts = [line["chosen"], line["rejected"]] if "ranked" not in line else line["ranked"]
+    check(isinstance(texts, list) and len(texts) >= 2 and len(set(texts)) == len(texts),
+          "needs 2 or more different replies")
+    if "prompt" in line:
+        return line["prompt"], texts
+    # The format of HH-RLHF: the prompt is what all replies begin with, in whole words.
+    common = os.path.commonprefix(texts)
+    prompt = re.match(r"(.*\s)?", common, re.DOTALL).group()
+    return prompt, [text[len(prompt):] for text in texts]
 
 
-def read_jsonl(path: str, flag: str) -> list[list[Row]]:
-    """The file of --prompts, --demos or --preferences -> for each line its replies, best first (--prompts: one, empty).
-
-    A preference without a prompt is in HH-RLHF's own format: the prompt is what all replies begin with, in whole words.
-    """
+def read_jsonl(path: str, flag: str) -> list[list[Reply]]:
+    """The file of --prompts, --demos or --preferences: for each line its replies, best first."""
     lines = []
     with explain(f"--{flag} {path}", OSError, ValueError), open(path, encoding="utf-8-sig") as file:
         for number, text in enumerate(file, 1):
-            with explain(f"line {number}, fields as in --help", ValueError, KeyError, TypeError, RecursionError):
-                line = json.loads(text)
-                replies = REPLIES[flag](line)
-                if flag == "preferences" and "prompt" not in line:
-                    line["prompt"] = re.match(r"(.*\s)?", os.path.commonprefix(replies), re.DOTALL).group()
-                    replies = [reply[len(line["prompt"]):] for reply in replies]
-                "".join([line["prompt"], *replies]).encode()  # or some of it is no text, or half a character
-                check(len(set(replies)) == len(replies) > (flag == "preferences"), "needs 2 or more different replies")
-                check(replies[0] or flag != "demos", "the completion is empty")
-                lines.append([Row(line["prompt"], reply, True) for reply in replies])
+            with explain(f"line {number}, fields as in --help", ValueError, KeyError, TypeError,
+                         RecursionError):
+                prompt, texts = parse_line(json.loads(text), flag)
+                "".join([prompt, *texts]).encode()  # fails if one is no text, or half a character
+                lines.append([Reply(prompt, text, True) for text in texts])
         check(lines, "the file is empty")
     return lines
 
 
 def cut(text: str, room: int, tokenizer, keep_end: bool = False) -> str:
-    """The beginning (or end) of `text` that fits into `room` tokens: whole paragraphs, sentences or words (N2)."""
-    step, text = (-1, text[-40 * room:]) if keep_end else (1, text[:40 * room])  # no text has 40 characters per token
-    for boundary in (r"\n+", r"[.!?]+\s+|[。！？]+", r"\s+", ""):
-        pieces = re.findall(rf".+?(?:{boundary}|\Z)", text, re.DOTALL)[::step]
-        fits = bisect(range(len(pieces) + 1), room, key=lambda n: len(tokenizer("".join(pieces[:n][::step])).input_ids))
-        text = "".join(pieces[:max(fits - 1, 1)][::step])
-    return text
+    """The beginning (or the end) of a text that fits into `room` tokens.
+
+    It is cut between paragraphs; if that keeps nothing, between sentences, then words (N2).
+    """
+    text = text[-40 * room:] if keep_end else text[:40 * room]  # no token has 40 characters
+    for boundary in [r"\n+", r"[.!?]+\s+|[。！？]+", r"\s+", ""]:
+        pieces = re.findall(rf".+?(?:{boundary}|\Z)", text, re.DOTALL)
+        kept, low, high = "", 1, len(pieces)
+        while low <= high:  # binary search for the largest number of pieces that fits
+            middle = (low + high) // 2
+            part = "".join(pieces[-middle:] if keep_end else pieces[:middle])
+            if len(tokenizer(part).input_ids) <= room:
+                kept, low = part, middle + 1
+            else:
+                high = middle - 1
+        if kept:
+            return kept
+        text = pieces[-1 if keep_end else 0] if pieces else ""
+    return ""
 
 
-def shorten(lines: list[list[Row]], model, cfg: Config) -> list[list[Row]]:
-    """Cut what is too long: prompts keep their end, replies their beginning but no EOS, for they would go on (N2)."""
-    short, positions = [], getattr(model.lm.config.get_text_config(), "max_position_embeddings", None) or 1 << 20
-    check(cfg.max_new_tokens <= positions - 32, f"--max_new_tokens must leave 32 of {positions} tokens to the prompt")
-    for rows in lines:
-        prompt = cut(rows[0].prompt, positions - cfg.max_new_tokens, model.tokenizer, keep_end=True)
-        replies = [cut(row.reply, cfg.max_new_tokens - 1, model.tokenizer) for row in rows]
-        short.append([Row(prompt, reply, reply == row.reply) for reply, row in zip(replies, rows)])
-    cuts = sum([row[:2] for row in old] != [row[:2] for row in new] for old, new in zip(lines, short))
+def shorten(lines: list[list[Reply]], model, cfg) -> list[list[Reply]]:
+    """Cut what is too long. Prompts keep their end. Replies keep their beginning and get no EOS."""
+    config = model.lm.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None) or 1_000_000
+    check(cfg.max_new_tokens <= positions - 32,
+          f"--max_new_tokens must leave 32 of {positions} tokens to the prompt")
+    short, cuts = [], 0
+    for replies in lines:
+        prompt = cut(replies[0].prompt, positions - cfg.max_new_tokens, model.tokenizer, True)
+        shorter = []
+        for reply in replies:
+            text = cut(reply.text, cfg.max_new_tokens - 1, model.tokenizer)
+            shorter.append(Reply(prompt, text, text == reply.text))
+        cuts += any(a[:2] != b[:2] for a, b in zip(replies, shorter))
+        if len(set(shorter)) == len(shorter):  # cut replies may have become equal
+            short.append(shorter)
     if cuts:
-        say(f"{cuts} of {len(lines)} lines cut to fit --max_new_tokens {cfg.max_new_tokens} and {positions} positions")
-    return [rows for rows in short if len(set(rows)) == len(rows)]
+        say(f"{cuts} of {len(lines)} lines cut to fit --max_new_tokens {cfg.max_new_tokens} "
+            f"and {positions} positions")
+    return short
 
 
 def split(prompts) -> dict[str, list[str]]:
-    """Different prompts: of every eleven one for the final test, one for validation, nine to train on (L6).
+    """Of every eleven prompts one is for the test, one for validation, nine are to train on (L6).
 
-    Two held-out sets, because validation chooses the policy that is kept: measured on the same prompts, the choice
-    would flatter the result. No dice: with the same files, --init_from cannot let a test prompt into training; and
-    prompts that stand together because they are alike lose the same share. (At random, some words lost three of five.)
+    There are two held-out sets, because validation chooses the policy that is kept. Measured on the
+    same prompts, the result would look too good. There is no chance in it: with the same files,
+    --init_from cannot bring a test prompt into training. Neighbours are often alike, and this way
+    every kind of prompt loses the same share.
     """
     prompts = list(dict.fromkeys(prompts))
     train = [prompt for i, prompt in enumerate(prompts) if i % 11 not in (0, 5)]
     return {"test": prompts[::11], "validation": prompts[5::11], "train": train}
 
 
-# What the stages learn from; no prompt of "validation" or "test" occurs in any of them (unless you take built-in ones
-# for --prompts: the world's own texts are divided by all of them).
-#   prompts   PPO's, by split                  texts     rows for stage 0          demos   rows for stage 1
-#   rankings  for stage 2; none: the simulated human ranks SFT's replies            held_out  rankings to measure with
-Data = namedtuple("Data", "prompts texts demos rankings held_out")
+@dataclass
+class Data:
+    """What the stages learn from. No validation or test prompt occurs in texts, demos, rankings."""
+
+    prompts: dict[str, list[str]]  # PPO's: "train", "validation", "test"
+    texts: list[Reply]             # stage 0
+    demos: list[Reply]             # stage 1
+    rankings: list[list[Reply]]    # stage 2; empty: the simulated human ranks SFT's replies
+    held_out: list[list[Reply]]    # rankings that measure the reward model
 
 
-def load_data(own: dict[str, list[list[Row]]], cfg: Config) -> Data:
-    """Your own lines, divided into training and held-out; the built-in world in the place of what is missing."""
-    written = own["demos"] + own["preferences"]
-    practice = dict.fromkeys(rows[0].prompt for rows in own["prompts"] or written) or WORLD_PROMPTS
-    splits = split([*practice, *(rows[0].prompt for rows in written)])
-    seen = set(splits["train"])
-    train, held_out = ({flag: [rows for rows in lines if (rows[0].prompt in seen) == wanted]
-                        for flag, lines in own.items()} for wanted in (True, False))
-    for flag in own:
-        check(train[flag] or not getattr(cfg, flag), f"--{flag} leaves nothing to train on; give 6 or more different "
-              f"prompts, with replies that differ in their first {cfg.max_new_tokens} tokens")
-    texts = sum(train["demos"] + train["preferences"], [])
-    demos = [rows[0] for rows in train["demos"] or train["preferences"]]
-    if not texts:
-        rng, world = reseed(cfg, "texts"), split(WORLD_PROMPTS)["train"]
-        texts, demos = write_texts(rng, world, PRETRAIN_MIX), write_texts(rng, world, SFT_MIX)
-    prompts = {name: [prompt for prompt in part if prompt in practice] for name, part in splits.items()}
-    check(all(prompts.values()), f"{len(practice)} different prompts are too few to hold some out; give 6 or more")
+def load_data(own: dict[str, list[list[Reply]]], cfg) -> Data:
+    """Divide your own lines into training and held-out. The built-in world stands in for others."""
+    written = [replies[0].prompt for replies in own["demos"] + own["preferences"]]
+    practice = [replies[0].prompt for replies in own["prompts"]] or written or list(WORLD_PROMPTS)
+    splits = split(practice + written)
+    allowed, in_practice = set(splits["train"]), set(practice)
+    train, held_out = {}, {}
+    for flag, lines in own.items():
+        train[flag] = [replies for replies in lines if replies[0].prompt in allowed]
+        held_out[flag] = [replies for replies in lines if replies[0].prompt not in allowed]
+        check(train[flag] or not getattr(cfg, flag), f"--{flag} leaves nothing to train on; give 6 "
+              "or more different prompts, with replies that differ in their first "
+              f"{cfg.max_new_tokens} tokens")
+    prompts = {}
+    for name, part in splits.items():
+        prompts[name] = [prompt for prompt in part if prompt in in_practice]
+        check(prompts[name], f"{len(in_practice)} different prompts are too few to hold some out; "
+              "give 6 or more")
+    if written:
+        texts = [reply for replies in train["demos"] + train["preferences"] for reply in replies]
+        demos = [replies[0] for replies in train["demos"] or train["preferences"]]
+    else:
+        rng = reseed(cfg, "texts")
+        world = split(WORLD_PROMPTS)["train"]
+        texts = write_texts(rng, world, PRETRAIN_MIX)
+        demos = write_texts(rng, world, SFT_MIX)
     return Data(prompts, texts, demos, train["preferences"], held_out["preferences"])
 
 
-def train_tokenizer(texts: list[str]):
-    """A byte-level BPE tokenizer as GPT-2's, but of at most 2048 tokens: any text of any language can be encoded.
-
-    No token is longer than 12 bytes: in Chinese, which has no spaces, whole sentences would become tokens, and a prompt
-    with a new word in it would be one that the model has never seen a piece of.
-
-    Padding and EOS are two different tokens. Were they one, code that finds padding by its id would mask EOS out of the
-    SFT loss too, the model would never learn to stop, and the reward would be read at the wrong place (N1).
-    """
-    empty = GPT2Tokenizer(vocab={}, merges=[], pad_token="<pad>", eos_token="<eos>", bos_token=None, unk_token=None,
-                          padding_side="left")
-    return empty.train_new_from_iterator([texts], vocab_size=2048, max_token_length=12, show_progress=False)
-
-
-def chunks(items, size: int):
-    """A list or tensor in pieces of at most `size`."""
-    return (items[i:i + size] for i in range(0, len(items), size))
-
-
-# ======================================================================================================================
-# 2  The models
-#
-#    A causal language model looks back, never ahead. So one pass over prompt and reply gives what the model thought at
-#    every position while it had seen only the tokens up to there ("teacher forcing"): all of a reply's log-probs and
-#    values at the price of one pass. Only sampling has to go token by token, for the next token is not there yet.
-# ======================================================================================================================
-def encode(model, rows: list[Row]):
-    """Rows -> what every model reads: prompt_ids, prompt_mask [B,P], padded left; reply_ids, mask [B,T], padded right.
-
-    Prompt and reply are encoded apart, so that the border between them always falls between two tokens. A finished
-    reply ends with EOS if there is room; an empty prompt becomes EOS.
-    """
-    tokenizer, (prompts, replies, finished) = model.tokenizer, map(list, zip(*rows))
-    eos, replies = tokenizer.eos_token_id, tokenizer(replies, add_special_tokens=False).input_ids
-    room = model.cfg.max_new_tokens  # sampled text with half a character in it can come back as more tokens than it was
-    ids = {"left": [prompt or [eos] for prompt in tokenizer(prompts).input_ids],
-           "right": [(reply + [eos] * done)[:room] for reply, done in zip(replies, finished)]}
-    tensors = []
-    for side, texts in ids.items():
-        texts = [torch.tensor(text, dtype=torch.long) for text in texts]
-        padded = pad_sequence(texts, batch_first=True, padding_value=-1, padding_side=side)  # no token is -1
-        tensors += [padded.masked_fill(padded < 0, tokenizer.pad_token_id), padded >= 0]
-    return tuple(x.to(model.lm.device) for x in tensors)
+# ---- Models --------------------------------------------------------------------------------------
+def base_model(own: dict[str, list[list[Reply]]], cfg) -> ActorCritic:
+    """What all stages start from: --model, or a small GPT-2 with random weights."""
+    reseed(cfg, "model")
+    source = finished_model("pretrain", cfg) or cfg.model
+    if source != "tiny":
+        return same_in_all_processes(ActorCritic(*load_pretrained(source, cfg), cfg))
+    texts = []
+    for lines in own.values():
+        for replies in lines:
+            for reply in replies:  # long texts will be cut, but only the tokenizer knows where
+                texts += [reply.prompt[-10_000:], reply.text[:10_000]]
+    if not (own["demos"] or own["preferences"]):
+        for reply in write_texts(random.Random(0), split(WORLD_PROMPTS)["train"], PRETRAIN_MIX):
+            texts += [reply.prompt, reply.text]
+    tokenizer = train_tokenizer(texts)
+    lm = GPT2LMHeadModel(GPT2Config(
+        vocab_size=len(tokenizer), n_positions=256,
+        n_layer=cfg.n_layer, n_embd=cfg.n_embd, n_head=cfg.n_head,
+        activation_function="gelu",  # GPT-2 approximates it, which takes a CPU longer
+        initializer_range=0.08,      # GPT-2's 0.02 suits its width of 768
+        bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id))
+    if cfg.bf16 and cfg.device.startswith("cuda"):
+        compute_in_bfloat16(lm, "cuda")
+    return same_in_all_processes(ActorCritic(lm, tokenizer, cfg))
 
 
-def join(prompt_ids, prompt_mask, reply_ids, reply_mask):
-    """Prompt and reply side by side, as a language model wants them: (input_ids, attention_mask, position_ids) [B,P+T].
-
-    Positions count real tokens only. Without them a prompt padded on the left would start at position 5 instead of 0,
-    and the same reply would get other probabilities in another batch.
-    """
-    ids = torch.cat([prompt_ids, reply_ids], dim=1)                                                     # [B,P+T]
-    mask = torch.cat([prompt_mask, reply_mask], dim=1).long()                                           # [B,P+T]
-    return ids, mask, (mask.cumsum(dim=1) - 1).clamp(min=0)
-
-
-class HeadedModel(nn.Module):
-    """What actor and reward model are: a causal language model of any architecture, and a small head on top of it."""
-
-    def __init__(self, lm, tokenizer=None, cfg: Config = Config()):
-        super().__init__()
-        self.lm = lm.eval()  # eval() permanently: dropout would change a token's probability from call to call (N8)
-        self.tokenizer, self.cfg = tokenizer, cfg
-        if cfg.gradient_checkpointing:
-            lm.activation_checkpointing_enable()
-        self.checkpointed = [layer for layer in lm.modules() if getattr(layer, "gradient_checkpointing", False)]
-        for layer in self.checkpointed:  # `read` will have them in training mode, in which some drop out by themselves
-            vars(layer).update({name: 0.0 for name, x in vars(layer).items() if "drop" in name and type(x) is float})
-        width = lm.get_output_embeddings().weight.shape[1]
-        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, 1))
-        for parameter in self.head[-1].parameters():
-            nn.init.zeros_(parameter)  # the first value is 0, the mean of a normalised reward (N5)
-        self.to(cfg.device)
-        for parameter in self.parameters() if WORLD > 1 else ():  # what is random differs from process to process (R1)
-            dist.broadcast(parameter.data, 0)
-
-    def read(self, ids, mask, positions, keep: int, **options):
-        """The library's output for tokens ids [B,L]: logits at the last `keep` positions, and what options ask for."""
-        for layer in self.checkpointed:  # the library recomputes activations in training mode only: switch that on
-            layer.training = torch.is_grad_enabled()  # for the layer itself, not for the dropout inside it
-        # bfloat16 for the language model, on a GPU; what is computed from its output stays in float32 (R3)
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.cfg.bf16 and "cuda" in self.cfg.device):
-            return self.lm(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=keep, **options)
-
-
-class ActorCritic(HeadedModel):
-    """Actor and critic on one causal language model: `lm` gives the policy, `head` reads V off its hidden states.
-
-    Critic and reward model are easily confused: the reward model scores a finished reply and never changes; the critic
-    predicts, in the middle of a reply, how the present policy will end up, and is trained all along (T7).
-
-    The critic looks at the last layer through a small network, and its gradient stops there (`detach`). Usual are a
-    model of its own, at twice the price, or a single linear layer, whose loss reaches into the shared layers; then the
-    value loss keeps rewriting the features that the policy stands on. notes/experiments.md compares them.
-    """
-
-    def forward(self, prompt_ids, prompt_mask, reply_ids, reply_mask):
-        """Read whole replies at once (teacher forcing).
-
-        Returns logits [B,T,V], where logits[:, t] is the distribution that reply token t was drawn from, and values
-        [B,T], where values[:, t] = V(s_t), the state before token t. Both in float32. (S1, S3)
-        """
-        inputs, T = join(prompt_ids, prompt_mask, reply_ids, reply_mask), reply_ids.shape[1]
-        # The output at a position predicts the next token. So the last token is not fed in, and of P+T-1 outputs the
-        # last T, from the last prompt token on, are for reply tokens 0 to T-1: what was thought at s_0 to s_{T-1}.
-        out = self.read(*(x[:, :-1] for x in inputs), keep=T, output_hidden_states=True, use_cache=False)
-        features = out.hidden_states[-1][:, -T:].detach().float()                                       # [B,T,width]
-        return out.logits.float(), self.head(features).squeeze(-1)                                # [B,T,V] [B,T]
-
-
-class RewardModel(HeadedModel):
-    """A language model whose head reads one score per reply, at its last token: EOS, unless it was cut off (N4).
-
-    Only there has the model seen the whole reply; attention looks back, never ahead.
-    """
-
-    def forward(self, prompt_ids, prompt_mask, reply_ids, reply_mask):
-        """Scores [B]; after `normalize`, in standard deviations of SFT's replies."""
-        inputs = join(prompt_ids, prompt_mask, reply_ids, reply_mask)
-        hidden = self.read(*inputs, keep=1, output_hidden_states=True, use_cache=False).hidden_states[-1]
-        last = prompt_ids.shape[1] - 1 + reply_mask.sum(dim=1)  # not column -1: that is padding for all but the longest
-        return self.head(hidden[torch.arange(len(last), device=last.device), last].float()).squeeze(-1)    # [B]
-
-    @torch.no_grad()
-    def score(self, prompts: list[str], replies: list[str], finished: list[bool]) -> list[float]:
-        """The reward model as a score_fn."""
-        rows = list(zip(prompts, replies, finished))
-        return torch.cat([self(*encode(self, part)) for part in chunks(rows, self.cfg.micro_batch_size)]).tolist()
-
-
-def frozen(model: nn.Module) -> nn.Module:
-    """A copy without gradients, such as the reference. (The old policy needs none: its log-probs are stored; T5.)"""
-    return copy.deepcopy(model).requires_grad_(False)
-
-
-def load_pretrained(source: str | Path):
-    """(lm, tokenizer) from a folder or hub id. EOS or padding are added if missing, or if one token is both (N1)."""
-    with explain(f"no usable model in {source}; try a local folder, an id with network, or --model tiny", Exception):
-        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", trust_remote_code=False)
-        lm = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, trust_remote_code=False)
-        check({"position_ids", "logits_to_keep"} <= signature(lm.forward).parameters.keys(),
+def load_pretrained(source: str | Path, cfg):
+    """(lm, tokenizer) from a folder or a hub id. EOS and padding are made two tokens (N1)."""
+    with explain(f"no usable model in {source}; try a local folder, an id with network, "
+                 "or --model tiny", Exception):
+        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
+        lm = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        accepted = inspect.signature(lm.forward).parameters.keys()
+        check({"position_ids", "logits_to_keep"} <= accepted,
               "this architecture takes no position_ids or logits_to_keep")
-        check(tokenizer("a").input_ids[-1:] != [tokenizer.eos_token_id], "its tokenizer ends prompts, too, with EOS")
+        check(tokenizer("a").input_ids[-1:] != [tokenizer.eos_token_id],
+              "its tokenizer ends prompts, too, with EOS")
     tokenizer.add_special_tokens({"eos_token": tokenizer.eos_token or "<eos>"})
     if tokenizer.pad_token in (None, tokenizer.eos_token):
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
     if len(tokenizer) > lm.get_input_embeddings().num_embeddings:
         lm.resize_token_embeddings(len(tokenizer))
-    lm.config.eos_token_id, lm.config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    lm.config.eos_token_id = tokenizer.eos_token_id
+    lm.config.pad_token_id = tokenizer.pad_token_id
+    if cfg.bf16 and cfg.device.startswith("cuda"):
+        compute_in_bfloat16(lm, "cuda")
     return lm, tokenizer
 
 
-def base_model(own: dict[str, list[list[Row]]], cfg: Config) -> ActorCritic:
-    """What everything starts from: --model, or a GPT-2 of this task's size with random weights."""
-    reseed(cfg, "model")
-    source = finished_stage("pretrain", cfg) or cfg.model
-    if source != "tiny":
-        return ActorCritic(*load_pretrained(source), cfg)
-    rows = sum(sum(own.values(), []), [])
-    if not (own["demos"] or own["preferences"]):
-        rows += write_texts(random.Random(0), split(WORLD_PROMPTS)["train"], PRETRAIN_MIX)
-    # A text of megabytes will be cut, but its room is counted in tokens, which are only learned here.
-    tokenizer = train_tokenizer([text for row in rows for text in (row.prompt[-10_000:], row.reply[:10_000])])
-    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    return ActorCritic(GPT2LMHeadModel(GPT2Config(
-        vocab_size=len(tokenizer), n_positions=256, n_layer=cfg.n_layer, n_embd=cfg.n_embd, n_head=cfg.n_head,
-        activation_function="gelu",               # GPT-2 has an approximation of it that takes a CPU longer
-        initializer_range=0.08,                   # GPT-2's 0.02 suits a width of 768; narrow models want more
-        bos_token_id=eos, eos_token_id=eos, pad_token_id=pad)), tokenizer, cfg)
+def compute_in_bfloat16(lm, device_type: str):
+    """Let the language model compute in bfloat16. What uses its output stays in float32 (R3)."""
+    original = type(lm)
+    forward = torch.autocast(device_type, torch.bfloat16)(original.forward)
+    lm.__class__ = type(original.__name__, (original,), {"forward": forward})
 
 
-def token_log_probs(logits, tokens):
-    """log pi(a_t | s_t) of the tokens that were taken: logits [B,T,V], tokens [B,T] -> [B,T] (T9).
+# ---- Rewards -------------------------------------------------------------------------------------
+def load_reward(cfg):
+    """--reward as a function: the human's rule, file.py:function, or a classifier (L4).
 
-    The chosen logit minus logsumexp. A log_softmax would write B*T*V numbers to use B*T of them.
+    Of a classifier, the last label counts.
     """
-    return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(dim=-1)
+    if cfg.reward == "human":
+        return human_score
+    with explain(f"--reward {cfg.reward} is not model, human, file.py:function, or a classifier",
+                 Exception):
+        file, _, name = cfg.reward.rpartition(":")
+        if file.endswith(".py"):
+            spec = importlib.util.spec_from_file_location("reward_function", file)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            return getattr(module, name)
+        classify = pipeline("text-classification", cfg.reward, device=cfg.device,
+                            function_to_apply="none", truncation=True)
+    classify.tokenizer.truncation_side = "left"  # of a long text, the reply must be seen
+    last_label = classify.model.config.id2label[classify.model.config.num_labels - 1]
+
+    def score(prompts, completions):
+        texts = [prompt + completion for prompt, completion in zip(prompts, completions)]
+        scores = []
+        for labels in classify(texts, top_k=None):
+            for label in labels:
+                if label["label"] == last_label:
+                    scores.append(label["score"])
+        return scores
+
+    return score
 
 
-def entropy(logits):
-    """H(pi(. | s_t)) = -sum_v pi_v log pi_v, in nats: logits [B,T,V] -> [B,T]."""
-    log_probs = logits.log_softmax(dim=-1).clamp(min=-1e9)  # 0 * -inf would be NaN                     # [B,T,V]
-    return -(log_probs.exp() * log_probs).sum(dim=-1)
+def ask_score_fn(score_fn, replies: list[Reply]) -> list[float]:
+    """Call a reward function and check what it returns. A reply that occurs twice is scored once.
+
+    It is called by keyword, as TRL calls reward functions: prompts, completions, finished, all
+    lists. A function without **kwargs gets only those that it names. Returns a number per reply.
+    """
+    unique = list(dict.fromkeys(replies))
+    prompts, completions, finished = zip(*unique)
+    given = {"prompts": list(prompts), "completions": list(completions), "finished": list(finished)}
+    example = unique[0].text[:50]
+    with explain(f"--reward failed{WHERE[0]} on replies such as {example!r}", Exception):
+        named = inspect.signature(score_fn).parameters.values()
+        if not any(parameter.kind == parameter.VAR_KEYWORD for parameter in named):
+            wanted = {parameter.name for parameter in named}
+            given = {name: x for name, x in given.items() if name in wanted}
+        scores = [float(score) for score in score_fn(**given)]
+        check(len(scores) == len(unique), f"{len(scores)} scores for {len(unique)} replies")
+        for reply, score in zip(unique, scores):
+            check(math.isfinite(score), f"{score} for the reply {reply.text!r} to {reply.prompt!r}")
+    score_of = dict(zip(unique, scores))
+    return [score_of[reply] for reply in replies]
 
 
-def masked_mean(x, mask):
-    """Mean over the True positions -> scalar. `where`, not `x * mask`: 0 times NaN is NaN."""
-    return torch.where(mask, x, 0).sum() / mask.sum()
+# ==================================================================================================
+# 8  The command line
+# ==================================================================================================
+@dataclass
+class Config(PPOConfig):
+    """All flags: those of PPO (see PPOConfig), and these."""
+
+    # The run
+    out: str = HfArg(default="", help=(
+        "Folder for the results. It must be new or empty. The default is runs/<date-time>."))
+    seed: int = HfArg(default=0, help=(
+        "Seed of all random numbers. The same seed on the same machine gives the same results."))
+    device: str = HfArg(default="cuda" if torch.cuda.is_available() else "cpu", help=(
+        "Where the models compute: cpu, cuda, cuda:1 ..."))
+    bf16: bool = HfArg(default=True, help=(
+        "Compute in bfloat16 on a GPU. A CPU always computes in float32. (R3)"))
+    micro_batch_size: int = HfArg(default=64, help=(
+        "Replies (in stage 2 rankings) that a model reads at once. Fewer need less memory and give "
+        "the same update. (R2)"))
+    max_grad_norm: float = HfArg(default=1.0, help=(
+        "A gradient that is longer than this is shortened to it, 0.5 to 1. In all stages."))
+    eval_every: int = HfArg(default=10, help=(
+        "Validate after this many cycles. The best policy is kept. (L6)"))
+    save_every: int = HfArg(default=10, help=(
+        "Save after this many cycles of PPO, for --resume."))
+    resume: str = HfArg(default="", help=(
+        "Folder of a run that was stopped. It goes on where it was last saved."))
+    init_from: str = HfArg(default="", help=(
+        "Folder of an earlier run. Its settings and models are taken; only PPO is repeated."))
+    # Data and models
+    prompts: str = HfArg(default="", help=(
+        'JSONL file with lines {"prompt": ...}: what PPO practises on. If no file is given, the '
+        "built-in world is used."))
+    demos: str = HfArg(default="", help=(
+        'JSONL file with lines {"prompt": ..., "completion": ...}: what SFT imitates. (L2)'))
+    preferences: str = HfArg(default="", help=(
+        "JSONL file with lines {prompt, chosen, rejected} or {prompt, ranked: [best ... worst]}: "
+        "what the reward model learns from. (L3)"))
+    reward: str = HfArg(default="model", help=(
+        "What gives the score: model (the trained reward model), human (the rule itself), a folder "
+        "or hub id of a classifier, or file.py:function. (L4)"))
+    model: str = HfArg(default="tiny", help=(
+        "The language model: tiny, or a folder or hub id (such as gpt2) of a causal one."))
+    n_layer: int = HfArg(default=2, help="Layers of tiny, 1 to 12. GPT-2 has 12.")
+    n_embd: int = HfArg(default=96, help="Width of tiny, a multiple of n_head. GPT-2 has 768.")
+    n_head: int = HfArg(default=4, help="Attention heads in each layer of tiny. GPT-2 has 12.")
+    # Stages 0 to 2
+    pretrain_steps: int = HfArg(default=250, help=(
+        "Updates in stage 0, which only tiny has. Fewer: clumsy English. (L2)"))
+    sft_steps: int = HfArg(default=450, help=(
+        "Updates in stage 1. Fewer: the model forgets what it was asked about. (L2)"))
+    sft_lr: float = HfArg(default=5e-3, help=(
+        "Learning rate of stages 0 and 1. With --model the default is 5e-5. (P3)"))
+    rm_steps: int = HfArg(default=600, help=(
+        "Updates in stage 2. Fewer: a worse reward model, which PPO then cheats. (P1)"))
+    rm_lr: float = HfArg(default=1e-3, help=(
+        "Learning rate of stage 2. With --model the default is 1e-5."))
+    rankings: int = HfArg(default=2200, help=(
+        "Rankings of 4 replies that the human gives. 100 make a model that is easy to cheat. (L3)"))
+    label_noise: float = HfArg(default=0.3, help=(
+        "How unsure the human is, in points, 0 to 2. More: a worse reward model. (P1)"))
+    report_replies: int = HfArg(default=128, help=(
+        "Replies of each model to each test prompt in the report. More: a more exact report."))
 
 
-# ======================================================================================================================
-# 3  Stages 0 to 2: pretraining, supervised fine-tuning (SFT), reward model (L2)
-#
-#    Each begins with the weights of the one before. Stages 0 and 1 imitate texts; stage 2 learns to order replies. What
-#    PPO takes from here: where it starts and what it must not stray from (SFT), and what it is to want (reward model).
-# ======================================================================================================================
-# ---- Several processes: torchrun --nproc-per-node N ppo_rlhf.py (R1) -------------------------------------------------
-# Every process holds all models and knows all data; each works on its share of a batch, and sums are taken over all.
-def share(items: list) -> list:
-    """This process's part of a list; all parts one after the other are the list."""
-    return items[RANK * len(items) // WORLD:(RANK + 1) * len(items) // WORLD]
+# What a number may be, where "above 0" is not right.
+RANGES = {"gamma": (0, 1), "lam": (0, 1)}
+for zero_is_fine in ["seed", "pretrain_steps", "sft_steps", "rm_steps", "cycles", "label_noise",
+                     "kl_coef", "missing_eos_penalty", "vf_coef", "ent_coef"]:
+    RANGES[zero_is_fine] = (0, sys.float_info.max)
+# Defaults with --model: it is pretrained already, and a large model wants smaller steps (P3).
+REAL_MODEL = {"pretrain_steps": 0, "sft_lr": 5e-5, "rm_lr": 1e-5, "lr": 1e-5}
+# What --init_from cannot change any more, because a model of that run was made with it.
+FIXED = {"sft": ["model", "n_layer", "n_embd", "n_head", "pretrain_steps", "sft_steps", "sft_lr",
+                 "demos"],
+         "reward_model": ["preferences", "rankings", "label_noise", "rm_steps", "rm_lr"]}
 
 
-def gather(items: list) -> list:
-    """The inverse of `share`: all processes' parts, one after the other, in every process."""
-    parts = [items] * WORLD
-    if WORLD > 1:
-        dist.all_gather_object(parts, items)
-    return sum(parts, [])
+def refuse(message: str):
+    """What the parser does with an unknown flag or a value of the wrong type."""
+    raise UserError(f"{message} (see --help)")
+
+
+def parse_config(argv=None) -> Config:
+    """Command line -> Config. Raises UserError for an unknown flag or a value that cannot work.
+
+    A flag has the value given, or that of the run in --resume or --init_from, or the default.
+    """
+    parser = HfArgumentParser(Config, usage="python ppo_rlhf.py [--FLAG VALUE ...]",
+                              allow_abbrev=False)
+    parser.error = refuse
+    given, _ = parser.parse_known_args(argv)
+    fixed = {}
+    if given.resume or given.init_from:
+        flag = "resume" if given.resume else "init_from"
+        run = Path(getattr(given, flag))
+        with explain(f"--{flag} {run} is not the folder of a run", OSError, ValueError, TypeError):
+            saved = asdict(Config(**json.loads((run / "config.json").read_text())))
+            saved.update({"out": given.resume, flag: str(run)})
+            parser.set_defaults(**saved)
+            parser.parse_args([])  # the saved values must be such as the command line could have
+        if given.resume:
+            fixed = {name: x for name, x in saved.items() if name != "device"}
+        for folder, names in FIXED.items():
+            if (run / folder).is_dir():
+                fixed.update({name: saved[name] for name in names})
+    elif given.model != "tiny":
+        parser.set_defaults(**REAL_MODEL)
+    cfg = Config(**vars(parser.parse_args(argv)))
+    for name, value in fixed.items():
+        check(getattr(cfg, name) == value,
+              f"--{name} is {value} in {run}; with --{flag}, leave it out")
+    check_config(cfg)
+    check(not given.init_from or (Path(cfg.init_from) / "sft/heads.safetensors").is_file(),
+          f"--init_from {cfg.init_from} has no SFT model; name the folder of a run that got so far")
+    return cfg
+
+
+def check_config(cfg: Config):
+    """Raise UserError for values that cannot work, alone or together."""
+    for name, value in vars(cfg).items():
+        if type(value) in (int, float):
+            low, high = RANGES.get(name, (sys.float_info.min, sys.float_info.max))
+            wanted = f"{low} to {high}" if high == 1 else "0 or more" if low == 0 else "above 0"
+            check(low <= value <= high, f"--{name} must be {wanted}, not {value}")
+    for name, value, part, count in [
+            ("n_embd", cfg.n_embd, "n_head", cfg.n_head),
+            ("batch_size", cfg.batch_size, "replies_per_prompt", cfg.replies_per_prompt * WORLD),
+            ("batch_size", cfg.batch_size, "minibatches", cfg.minibatches * WORLD)]:
+        check(value % count == 0,
+              f"--{name} {value} must be a multiple of {count} (--{part}, in each process)")
+    check(cfg.reward != "human" or not (cfg.prompts or cfg.demos or cfg.preferences),
+          "--reward human knows the built-in prompts only; for your own data leave it out, or name "
+          "another --reward")
+    check(cfg.reward != "model" or cfg.preferences or not cfg.demos,
+          "--demos without --preferences leave the reward model nothing to learn from; add them, "
+          "or another --reward")
+    with explain(f"--device {cfg.device} cannot be used; try --device cpu",
+                 RuntimeError, AssertionError, TypeError):
+        if WORLD > 1 and cfg.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # from now on "cuda" is this one
+        torch.zeros(1, dtype=torch.double, device=cfg.device).item()
+
+
+# ==================================================================================================
+# 9  Training runs: what the loops of Part I call
+# ==================================================================================================
+def chunks(items, size: int):
+    """A list or a rollout in pieces of at most `size`."""
+    for start in range(0, len(items), size):
+        yield items[start:start + size]
+
+
+def repeat_each(items: list, count: int) -> list:
+    """a, b -> a, a, b, b"""
+    repeated = []
+    for item in items:
+        repeated += [item] * count
+    return repeated
 
 
 def say(text=""):
-    """print, without tearing a progress bar; one process speaks for all."""
+    """print without damage to a progress bar. One process speaks for all."""
     if RANK == 0:
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
 
 
-# ---- Training in steps that can be stopped ---------------------------------------------------------------------------
-STOP = []  # not empty: Ctrl-C was pressed; holds how to go on
+def reseed(cfg, purpose: str) -> random.Random:
+    """Seed torch and return a random stream, both for one purpose only.
 
-
-def reseed(cfg: Config, stage: str) -> random.Random:
-    """Seed torch, and return a random stream, for a stage or one step of it: what was skipped changes nothing."""
-    rng = random.Random(f"{stage} {cfg.seed}")
-    seed = rng.getrandbits(63) + RANK  # processes sample different replies, to the prompts of one list
-    for generator in torch.default_generator, *torch.cuda.default_generators:  # torch.manual_seed takes a millisecond
-        generator.manual_seed(seed)
+    They depend on the purpose and the seed, and on nothing drawn before. So a resumed run repeats a
+    cycle exactly, and a skipped stage changes nothing. Processes get the same stream and another
+    torch seed: they share their choices and sample different replies.
+    """
+    rng = random.Random(f"{purpose} {cfg.seed}")
+    torch.manual_seed(rng.getrandbits(63) + RANK)
     return rng
 
 
+# ---- Several processes: torchrun --nproc-per-node N ppo_rlhf.py (R1) -----------------------------
+# Every process holds all models. In each cycle all processes draw the same prompts, and each
+# samples, scores and values its share of them. What they exchange in a cycle:
+#     whiten            three sums: the number of tokens, their total, their squared distances
+#     optimizer_step    in each update, the gradients (summed) and the sums of loss and metrics
+#     describe          a line for each reply, for metrics.csv; at validation likewise
+#     cycles_to_do      whether Ctrl-C was pressed in one of them
+# After an update all have the same weights, because they began with the same weights and added the
+# same gradient. Only process 0 prints and writes.
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def share(items: list) -> list:
+    """This process's part of a list. All parts, one after the other, are the list."""
+    return items[RANK * len(items) // WORLD:(RANK + 1) * len(items) // WORLD]
+
+
+def gather(items: list) -> list:
+    """The opposite of `share`: all processes get all parts, one after the other."""
+    if WORLD == 1:
+        return items
+    parts = [None] * WORLD
+    dist.all_gather_object(parts, items)
+    return sum(parts, [])
+
+
+def add_up(number: float) -> float:
+    """The sum of a number over all processes."""
+    return sum(gather([number]))
+
+
+def same_in_all_processes(model):
+    """Give every process the weights of process 0. Random weights differ at first."""
+    if WORLD > 1:
+        for parameter in model.parameters():
+            dist.broadcast(parameter.data, 0)
+    return model
+
+
+# ---- Steps ---------------------------------------------------------------------------------------
+WHERE = [""]  # what the run is doing now, for error messages
+
+
+def draw(examples: list, batch_size: int, rng: random.Random) -> list:
+    """A random batch; this process's share of it."""
+    return share(rng.choices(examples, k=max(batch_size, WORLD)))
+
+
+def optimizer_step(model, optimizer, loss_fn, batch, cfg) -> dict[str, float]:
+    """One update on the mean loss over a batch. Returns the loss and the metrics as numbers.
+
+    The batch may be divided into micro batches and among processes. The update is the same, up to
+    rounding (R1, R2): loss_fn(model, part, cfg) -> (mean loss of the part, count, metrics), and the
+    gradient of each part is weighed by its count, which is the number of its tokens (in stage 2 of
+    its rankings). A plain mean of the parts would favour the tokens of a part with short replies.
+    """
+    optimizer.zero_grad()
+    total, sums = 0.0, {}
+    for part in chunks(batch, cfg.micro_batch_size):
+        loss, count, metrics = loss_fn(model, part, cfg)
+        (loss * count).backward()
+        total += count.item()
+        for name, x in [("loss", loss), *metrics.items()]:
+            sums[name] = sums.get(name, 0.0) + x.item() * count.item()
+
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    gradients = [parameter.grad for parameter in parameters]
+    if WORLD > 1:
+        for gradient in gradients:
+            dist.all_reduce(gradient)
+        total = add_up(total)
+        sums = {name: add_up(x) for name, x in sums.items()}
+    torch._foreach_div_(gradients, total)
+    norm = nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
+    check(norm.isfinite(),
+          f"loss or gradient is infinite or NaN{WHERE[0]}; try a lower learning rate")
+    optimizer.step()
+    return {name: x / total for name, x in sums.items()}
+
+
+def steps_to_do(stage: str, steps: int, cfg):
+    """Count the steps of stages 0 to 2: a random stream for each."""
+    for step in tqdm(range(steps), stage, leave=False, disable=RANK > 0 or None):
+        WHERE[0] = f" in {stage}, step {step + 1}"
+        yield reseed(cfg, f"{stage} {step}")
+
+
+def cycles_to_do(training: dict, log: list[dict], cfg):
+    """Count PPO's cycles: yield (cycle, random stream) for each one that is still to be done.
+
+    training: what changes from cycle to cycle, by name; each has state_dict and load_state_dict.
+    It is kept in state.pt, together with the log, every save_every cycles. A resumed run repeats
+    the cycles since the last save, bit for bit, because each has a random stream of its own.
+    """
+    path = Path(cfg.out) / "state.pt"
+    settings = dict(asdict(cfg), out="", resume="", device="")
+    first = 0
+    if cfg.resume and path.exists():
+        with explain(f"{path} is damaged or not of this run; without it, PPO would begin anew",
+                     Exception):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            check(state["settings"] == settings, "its settings differ from config.json")
+            first = state["cycle"]
+            log += state["log"]
+            for name, part in training.items():
+                part.load_state_dict(state[name])
+    bar = tqdm(range(first, cfg.cycles), "PPO", initial=first, total=cfg.cycles, leave=False,
+               disable=RANK > 0 or None)
+    with ctrl_c_waits() as pressed:
+        for cycle in bar:
+            WHERE[0] = f" in PPO, cycle {cycle + 1}"
+            yield cycle, reseed(cfg, f"PPO {cycle}")
+            stop = gather(pressed)
+            due = (cycle + 1) % cfg.save_every == 0 or cycle + 1 == cfg.cycles
+            if cfg.out and RANK == 0 and (stop or due):
+                state = {name: part.state_dict() for name, part in training.items()}
+                state.update(cycle=cycle + 1, log=log, settings=settings)
+                with replacing(path) as temporary:
+                    torch.save(state, temporary)
+            if stop:
+                raise KeyboardInterrupt
+
+
+@contextmanager
+def ctrl_c_waits():
+    """Ctrl-C waits for the end of the cycle; pressed again, it does not. -> [] until then."""
+    pressed = []
+
+    def handler(number, frame):
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(True)
+
+    if threading.current_thread() is not threading.main_thread():  # only that one gets signals
+        yield pressed
+        return
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+# ---- Files ---------------------------------------------------------------------------------------
 @contextmanager
 def replacing(path: Path):
-    """A temporary path to write to, then renamed to `path`: a run stopped while writing leaves the old one whole."""
+    """A temporary path to write to. It becomes `path` at the end: no file is ever half written."""
     temporary = path.with_name(path.name + ".tmp")
     with explain(f"cannot write {path}", Exception):
         shutil.rmtree(temporary, ignore_errors=True)
@@ -643,708 +2020,27 @@ def replacing(path: Path):
         os.replace(temporary, path)
 
 
-def resumable(steps: int, stage: str, save_every: int, parts: dict, log: list, cfg: Config):
-    """Yield (step, rng) for each step still to be done, and between steps keep state.pt for --resume.
-
-    parts: what changes from step to step, by name; anything with state_dict and load_state_dict. log: a list of plain
-    values that grows along. A resumed run repeats the steps since the last save, bit for bit: every step has a random
-    stream that depends on nothing but its number.
-    """
-    path, first = Path(cfg.out) / "state.pt", 0
-    settings = asdict(cfg) | dict.fromkeys(("out", "resume", "device"))
-    if cfg.resume and path.exists():
-        with explain(f"{path} is damaged, or not of this run; without it, the stage would begin anew", Exception):
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            check(state["settings"] == settings, "its settings differ from config.json")
-            if state["stage"] == stage:
-                first, log[:] = state["step"], state["log"]
-                for name, part in parts.items():
-                    part.load_state_dict(state[name])
-    for step in tqdm(range(first, steps), stage, initial=first, total=steps, leave=False, disable=RANK > 0 or None):
-        yield step, reseed(cfg, f"{stage} {step}")
-        stop = gather(STOP)  # pressed in one process is pressed in all
-        if cfg.out and RANK == 0 and (stop or (step + 1) % save_every == 0 or step + 1 == steps):
-            with replacing(path) as temporary:
-                torch.save({name: part.state_dict() for name, part in parts.items()} | {
-                    "stage": stage, "step": step + 1, "log": log, "settings": settings}, temporary)
-        if stop:
-            raise KeyboardInterrupt
-
-
-def descend(model, optimizer, loss_fn, batch, cfg: Config) -> dict[str, float]:
-    """One update on the mean loss over a batch, however it is divided: into micro batches, among processes (R1, R2).
-
-    loss_fn(model, part of the batch) -> (mean loss over that part, count, metrics); count is how many numbers it is the
-    mean of: tokens, in stage 2 rankings. The gradients are weighted by it: a plain mean of means would favour the
-    tokens of a part with short replies. Returns loss and metrics, each the mean over all tokens.
-    """
-    optimizer.zero_grad()
-    sums = []  # of token counts, losses and metrics, a list for each part
-    with fast_products():
-        for part in chunks(batch, cfg.micro_batch_size):
-            loss, count, metrics = loss_fn(model, part)
-            (loss * count).backward()
-            sums.append((torch.stack([torch.ones_like(loss), loss, *metrics.values()]) * count).tolist())
-    count, *sums = (sum(column) for column in zip(*gather(sums)))
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    gradients = [p.grad for p in parameters]
-    for gradient in gradients if WORLD > 1 else ():
-        dist.all_reduce(gradient)
-    torch._foreach_div_(gradients, count)
-    norm = nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
-    check(norm.isfinite(), "loss or gradient is infinite or NaN; try a lower learning rate")
-    optimizer.step()
-    return dict(zip(["loss", *metrics], (x / count for x in sums)))
-
-
-def minimize(model, loss_fn, rows: list, batch_size: int, steps: int, lr: float, stage: str, cfg: Config):
-    """Supervised training: `steps` updates of AdamW, the learning rate warmed up over a tenth, then to 0. -> model"""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
-    schedule = get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)
-    parts, losses = {"model": model, "optimizer": optimizer, "schedule": schedule}, []
-    for step, rng in resumable(steps, stage, 50 * cfg.save_every, parts, losses, cfg):
-        batch = share(rng.choices(rows, k=max(batch_size, WORLD)))
-        with explain(f"{stage}, step {step + 1}"):
-            losses.append(descend(model, optimizer, loss_fn, batch, cfg)["loss"])
-        schedule.step()
-    if losses:
-        say(f"{stage}: {steps} steps, loss {sum(losses[-50:]) / len(losses[-50:]):.3f}")
-    return model
-
-
-# ---- Stages 0 and 1 --------------------------------------------------------------------------------------------------
-def imitation_loss(actor, rows: list[Row]):
-    """Loss of stages 0 and 1, for `descend`: continue a prompt as the texts do. On the reply only, EOS included.
-
-    L = -mean_t log pi(a_t | s_t)      over the real reply tokens
-
-    Real pretraining predicts every token of its texts.
-    """
-    prompt_ids, prompt_mask, reply_ids, mask = encode(actor, rows)
-    logits, _ = actor(prompt_ids, prompt_mask, reply_ids, mask)                                         # [B,T,V]
-    return masked_mean(-token_log_probs(logits, reply_ids), mask), mask.sum(), {}
-
-
-def pretrain(actor, texts: list[Row], cfg: Config) -> ActorCritic:
-    """Stage 0 stands in for GPT-2's pretraining: fluent, and no idea what the human wants. A real --model skips it."""
-    return minimize(actor, imitation_loss, texts, 16, cfg.pretrain_steps, cfg.sft_lr, "pretraining", cfg)
-
-
-def finetune(pretrained, demos: list[Row], cfg: Config) -> ActorCritic:
-    """Stage 1: imitate demonstrations, which are correct but mostly mechanical (D). -> the SFT model, a new actor"""
-    return minimize(copy.deepcopy(pretrained), imitation_loss, demos, 16, cfg.sft_steps, cfg.sft_lr, "SFT", cfg)
-
-
-# ---- Stage 2 ---------------------------------------------------------------------------------------------------------
-def label_rankings(sft, prompts: list[str], cfg: Config, rng: random.Random, K=4) -> list[list[Row]]:
-    """The human ranks K replies of the SFT model to one prompt, again and again, and not quite reliably (L3).
-
-    Each ranking sorts score + label_noise * Gumbel noise, which is the Plackett-Luce model of noisy choice: the chance
-    of preferring i to j is sigmoid((score_i - score_j) / label_noise). The reward model's loss below assumes just that,
-    so what it learns is score / label_noise + a constant. Only the order leaves this function, no points.
-    """
-    def impression(row):  # minus the logarithm of an exponential variable is a Gumbel variable
-        return judge(*row)["human"] - cfg.label_noise * math.log(rng.expovariate(1))
-
-    groups = sample_groups(sft, rng.choices(prompts, k=cfg.rankings), K, cfg)
-    return [sorted(rows, key=impression, reverse=True) for rows in groups]
-
-
-def ranking_loss(scores):
-    """Loss of scores [N,K] whose columns are ranked best first -> scalar.
-
-    L = -mean over the K(K-1)/2 pairs i < j of log sigmoid(s_i - s_j)        (L3; InstructGPT eq. 1)
-
-    A difference of scores is the log-odds of a choice; their zero stays open. `normalize` sets zero and unit anew.
-    """
-    better, worse = torch.triu_indices(scores.shape[1], scores.shape[1], offset=1)
-    return -F.logsigmoid(scores[:, better] - scores[:, worse]).mean()
-
-
-def reward_model_loss(model, rankings: list[list[Row]]):
-    """Loss of stage 2, for `descend`: the mean over the rankings, which may differ in length."""
-    scores = model(*encode(model, sum(rankings, [])))                                                   # [sum of K]
-    losses = [ranking_loss(part.unsqueeze(0)) for part in scores.split([len(rows) for rows in rankings])]
-    return torch.stack(losses).mean(), len(losses), {}
-
-
-def normalize(model, rows: list[Row]):
-    """Shift and scale the reward so that the given replies score 0 on average, with standard deviation 1 (N5).
-
-    The head ends in a linear layer, so shift and scale can be absorbed in its weights. Changes `model` in place.
-    """
-    scores, last = torch.tensor(rate(model.score, rows)), model.head[-1]
-    last.bias.data -= scores.mean().item()
-    for parameter in last.parameters():
-        parameter.data /= max(scores.std().item(), 1e-6)  # the floor: all replies may score the same
-
-
-def train_reward_model(sft, data: Data, cfg: Config) -> RewardModel:
-    """Stage 2: rankings -> a model that can score any reply. It starts from the SFT model (C)."""
-    rng = reseed(cfg, "rankings")
-    rankings = data.rankings or label_rankings(sft, split(WORLD_PROMPTS)["train"], cfg, rng)
-    model = RewardModel(copy.deepcopy(sft.lm), sft.tokenizer, cfg)
-    minimize(model, reward_model_loss, rankings, 4, cfg.rm_steps, cfg.rm_lr, "reward model", cfg)
-    prompts = reseed(cfg, "normalization").choices(data.prompts["train"], k=640)
-    normalize(model, sum(sample_groups(sft, prompts, 1, cfg), []))
-    return model
-
-
-# ======================================================================================================================
-# 4  Phase I: collect a rollout (steps 1 to 5)
-#
-#    Text as a decision process: the state s_t is the prompt and the reply so far, the action a_t is the next token, the
-#    policy pi(a_t | s_t) is the language model, and the next state is the old one with the token appended. There is one
-#    score, at the end; steps 2 to 5 turn it into a verdict on every single token.
-# ======================================================================================================================
-@dataclass
-class Rollout:
-    """All that Phase II needs; the tensors of the last six lines are 0 where mask is False."""
-
-    rows: list[Row]              # as text. finished: did the reply end with EOS, or was it cut off at the limit?
-    prompt_ids: torch.Tensor     # [B,P]
-    prompt_mask: torch.Tensor    # [B,P]
-    reply_ids: torch.Tensor      # [B,T]
-    mask: torch.Tensor           # [B,T]  True on real reply tokens, EOS included
-    scores: torch.Tensor         # [B]    r_RM of the whole reply, penalty included
-    log_probs: torch.Tensor      # [B,T]  log pi_old(a_t | s_t): all of the old policy that is kept
-    ref_log_probs: torch.Tensor  # [B,T]  log pi_ref(a_t | s_t)
-    values: torch.Tensor         # [B,T]  V(s_t)
-    rewards: torch.Tensor        # [B,T]  r_t
-    advantages: torch.Tensor     # [B,T]  A_t
-    returns: torch.Tensor        # [B,T]  G_t = A_t + V(s_t), what the critic should have said
-
-    @property
-    def batch(self) -> tuple:
-        return self.prompt_ids, self.prompt_mask, self.reply_ids, self.mask
-
-
-# ---- Step 1: the actor samples tokens (S1) ---------------------------------------------------------------------------
-def sample_tokens(logits, temperature: float = 1.0):
-    """One token per row of logits [B,V] -> [B], with probability softmax(logits / temperature).
-
-    Inverse transform sampling: cut the unit interval into pieces as long as the probabilities, throw one point. That is
-    one random number per token; torch.multinomial draws V of them, which took a third of the sampling time.
-    """
-    cumulative = (logits.double() / temperature).softmax(dim=-1).cumsum(dim=-1)                         # [B,V]
-    point = torch.rand(len(logits), 1, dtype=torch.double, device=logits.device) * cumulative[:, -1:]   # [B,1]
-    return torch.searchsorted(cumulative, point, right=True).squeeze(-1)                                # [B]
-
-
-@torch.no_grad()
-def generate(actor, prompt_ids, prompt_mask, max_new_tokens: int, eos_id: int, pad_id: int, temperature: float = 1.0):
-    """Sample one reply to each prompt: a_t ~ pi(. | s_t), s_{t+1} = s_t + a_t, until EOS or the limit (S1, L5).
-
-    Keys and values of earlier tokens stay in a cache: each step feeds one new token, not the whole text again. A reply
-    that has ended leaves the batch. Stops when all have; eos_id=-1 never stops.
-
-    Args: prompt_ids, prompt_mask [B,P], padded on the left.
-    Returns: reply_ids [B,T] (pad_id after EOS), mask [B,T]; T is the longest reply of the batch.
-    """
-    ids, attention, cache = prompt_ids, prompt_mask.long(), None
-    positions = (attention.cumsum(dim=1) - 1).clamp(min=0)
-    reply_ids = torch.full((len(ids), max_new_tokens), pad_id, device=ids.device)                       # [B,T]
-    mask = torch.zeros_like(reply_ids, dtype=torch.bool)                                                # [B,T]
-    rows = torch.arange(len(ids), device=ids.device)  # the replies without EOS so far: R of B
-    for t in range(max_new_tokens):
-        out = actor.read(ids, attention, positions, keep=1, past_key_values=cache, use_cache=True)
-        tokens, cache = sample_tokens(out.logits[:, -1], temperature), out.past_key_values              # [R]
-        reply_ids[rows, t], mask[rows, t] = tokens, True  # EOS is a real token too: the policy chose it
-        running = (tokens != eos_id).nonzero().squeeze(1)
-        if len(running) == 0:
-            break
-        if len(running) < len(rows):
-            rows, tokens, positions, attention = (x[running] for x in (rows, tokens, positions, attention))
-            cache.reorder_cache(running)
-        ids, positions, attention = tokens.unsqueeze(1), positions[:, -1:] + 1, F.pad(attention, (0, 1), value=1)
-    return reply_ids[:, :t + 1], mask[:, :t + 1]                                                        # [B,T] [B,T]
-
-
-def sample_replies(actor, prompts: list[str], cfg: Config):
-    """One reply to each prompt, as text and as tokens: rows, prompt_ids, prompt_mask [B,P], reply_ids, mask [B,T]."""
-    prompt_ids, prompt_mask, *_ = encode(actor, [Row(prompt, "", False) for prompt in prompts])
-    eos, pad = actor.tokenizer.eos_token_id, actor.tokenizer.pad_token_id
-    reply_ids, mask = generate(actor, prompt_ids, prompt_mask, cfg.max_new_tokens, eos, pad, cfg.temperature)
-    finished = ((reply_ids == eos) & mask).any(dim=1).tolist()
-    replies = actor.tokenizer.batch_decode(reply_ids, skip_special_tokens=True)
-    return list(map(Row, prompts, replies, finished)), prompt_ids, prompt_mask, reply_ids, mask
-
-
-def sample_groups(actor, prompts: list[str], K: int, cfg: Config) -> list[list[Row]]:
-    """K replies to each prompt, as text; the processes share the work. Without gradients, larger batches fit."""
-    asked = share([prompt for prompt in prompts for _ in range(K)])
-    parts = [sample_replies(actor, part, cfg)[0] for part in chunks(asked, 4 * cfg.micro_batch_size)]
-    return list(chunks(gather(sum(parts, [])), K))
-
-
-def read_replies(actor, batch, temperature: float):
-    """Read given replies by teacher forcing -> log pi(a_t | s_t) [B,T], V(s_t) [B,T], logits [B,T,V].
-
-    Args: batch: prompt_ids, prompt_mask, reply_ids, mask.
-
-    Phase I and Phase II both read through this function, so the first ratio pi / pi_old is 1 but for the last digit;
-    taken from the sampling loop, old log-probs would differ in rounding. The temperature is that of sampling: without
-    it these would be log-probs of a distribution that nothing was drawn from (L5).
-    """
-    logits, values = actor(*batch)
-    logits = logits / temperature
-    return token_log_probs(logits, batch[2]), values, logits
-
-
-@torch.no_grad()
-def read_all(actor, batch, cfg: Config):
-    """log pi(a_t | s_t) and V(s_t) [B,T] of a batch of any size, a micro batch at a time; 0 where mask is False."""
-    parts = zip(*(x.split(cfg.micro_batch_size) for x in batch))
-    parts = [read_replies(actor, part, cfg.temperature)[:2] for part in parts]
-    return [torch.where(batch[3], torch.cat(column), 0) for column in zip(*parts)]
-
-
-def rate(score_fn, rows: list[Row], missing_eos_penalty: float = 0.0) -> list[float]:
-    """r_RM of each row, less the penalty for a reply that never ends: without it, rambling costs nothing (N3).
-
-    A reply that occurs several times is scored once.
-    """
-    unique = list(dict.fromkeys(rows))
-    with explain(f"--reward failed on replies such as {unique[0].reply[:50]!r}", Exception):
-        scores = [float(score) for score in score_fn(*map(list, zip(*unique)))]
-        check(len(scores) == len(unique), f"{len(scores)} scores for {len(unique)} replies")
-        for row, score in zip(unique, scores):
-            check(math.isfinite(score), f"{score} for the reply {row.reply!r} to {row.prompt!r}")
-    score_of = dict(zip(unique, scores))
-    return [score_of[row] - missing_eos_penalty * (not row.finished) for row in rows]
-
-
-# ---- Step 2: a reward for every token (S2) ---------------------------------------------------------------------------
-def token_rewards(log_probs, ref_log_probs, scores, mask, kl_coef: float):
-    """Token-level reward [B,T] from log-probs [B,T] and scores [B].
-
-    r_t = -beta * (log pi(a_t|s_t) - log pi_ref(a_t|s_t))        every token
-    r_T = the same + r_RM                                        last real token: the score of the whole reply
-
-    pi is the policy that has just sampled, pi_old in step 6; rewards are fixed numbers, no gradient flows through them.
-    A token costs if pi likes it more than the reference does, and pays if less; on average over pi's samples that is
-    beta * KL(pi || pi_ref), never negative. It keeps the policy where the reward model can be trusted: that was trained
-    on SFT's replies, and a policy that strays far enough finds nonsense that scores high (D's "hahaha", P1, P2).
-
-    The score must land on the last token of the *reply*, not on the last column: padding is masked out of the loss, and
-    a score that lands there is lost without any error message (N4). A reply's rewards add up to r_RM - beta * KL.
-    """
-    rewards = torch.where(mask, -kl_coef * (log_probs - ref_log_probs), 0)
-    column = torch.arange(mask.shape[1], device=mask.device)
-    is_last = column == mask.sum(dim=1, keepdim=True) - 1                                               # [B,T]
-    return rewards + torch.where(is_last, scores.unsqueeze(1), 0)
-
-
-# ---- Step 3: the critic values every state (S3) ----------------------------------------------------------------------
-# V(s_t) comes out of ActorCritic.forward, in the same pass that reads the log-probs. It is the state *before* token t:
-# shifted by one, the critic would know the action it is to be a baseline for, and the advantage would lose its meaning.
-
-
-# ---- Step 4: TD residuals (S4) ---------------------------------------------------------------------------------------
-def td_residuals(rewards, values, mask, gamma: float):
-    """delta_t = r_t + gamma * V(s_{t+1}) - V(s_t)        all [B,T]
-
-    What came plus what is expected now, less what was expected before. After a reply's last token nothing more can come
-    (cut off at the limit or not), so there V(s_{t+1}) = 0; a critic's output on padding must not take its place.
-    """
-    values = torch.where(mask, values, 0)
-    next_values = F.pad(values[:, 1:], (0, 1))  # shifted left by one, 0 at the end                     # [B,T]
-    return torch.where(mask, rewards + gamma * next_values - values, 0)
-
-
-# ---- Step 5: generalised advantage estimation (S5; Schulman et al. 2015) ---------------------------------------------
-def gae(rewards, values, mask, gamma: float, lam: float):
-    """Advantages and returns, both [B,T].
-
-    The advantage of token t: how much better things went from there on than the critic expected. Above 0, step 6 makes
-    the token likelier; below 0, less likely. So V(s_t) is the baseline: good is what beats the expectation.
-
-    A_t = sum_k (gamma*lambda)^k delta_{t+k}, computed backwards:  A_t = delta_t + gamma*lambda * A_{t+1}
-    G_t = A_t + V(s_t)
-
-    lambda = 0 is the TD residual (little variance, but it believes the critic), lambda = 1 is Monte Carlo: the rewards
-    that really came, less V(s_t) (unbiased, but noisy) (T2). Between them lies the usual compromise, 0.95.
-    G_t is the (discounted) sum of the rewards to come only if lambda = 1; below, the critic's later values mix in.
-    The returns are taken here, from raw advantages: whitened ones would give the critic a target in foreign units.
-    """
-    deltas = td_residuals(rewards, values, mask, gamma)
-    advantages, advantage = [], 0.0
-    for t in reversed(range(deltas.shape[1])):
-        advantage = deltas[:, t] + gamma * lam * advantage  # padding behind the reply has delta 0: it adds nothing
-        advantages.append(advantage)
-    advantages = torch.stack(advantages[::-1], dim=1)                                                   # [B,T]
-    return advantages, torch.where(mask, advantages + values, 0)
-
-
-def moments(x, mask) -> tuple[float, float]:
-    """Mean and variance of x [B,T] over the real tokens of all processes."""
-    count = sum(gather([mask.sum().item()]))
-    mean = sum(gather([torch.where(mask, x, 0).sum().item()])) / count
-    return mean, sum(gather([torch.where(mask, (x - mean) ** 2, 0).sum().item()])) / count
-
-
-def whiten(x, mask, shift_mean: bool = True):
-    """x [B,T] scaled to variance 1 over the real tokens, and to mean 0 unless shift_mean is False (N7).
-
-    Rewards keep their mean, advantages lose it. Only the mean is kept: single rewards can change their sign.
-    """
-    mean, variance = moments(x, mask)
-    white = (x - mean) * (variance + 1e-8) ** -0.5
-    return torch.where(mask, white if shift_mean else white + mean, 0)
-
-
-@torch.no_grad()
-def collect_rollout(actor, reference, score_fn, prompts: list[str], cfg: Config) -> Rollout:
-    """Phase I: one reply to each prompt, and for each of its tokens an advantage and a return (L1).
-
-    Step 3 comes before step 2 here: one pass over the replies gives both log-probs and values.
-
-    Args:
-        actor, reference: ActorCritic models; the reference is frozen.
-        score_fn: (prompts, replies, finished) -> one float per reply.
-    """
-    rows, *batch = sample_replies(actor, prompts, cfg)                                                  # Step 1
-    log_probs, values = read_all(actor, batch, cfg)                                                     # Step 3: V(s_t)
-    ref_log_probs, _ = read_all(reference, batch, cfg)
-    mask = batch[-1]
-    scores = torch.tensor(rate(score_fn, rows, cfg.missing_eos_penalty), device=mask.device)
-    rewards = token_rewards(log_probs, ref_log_probs, scores, mask, cfg.kl_coef)                        # Step 2
-    if cfg.whiten_rewards:
-        rewards = whiten(rewards, mask, shift_mean=False)
-    advantages, returns = gae(rewards, values, mask, cfg.gamma, cfg.lam)                                # Steps 4, 5
-    if cfg.whiten_advantages:
-        advantages = whiten(advantages, mask)
-    return Rollout(rows, *batch, scores, log_probs, ref_log_probs, values, rewards, advantages, returns)
-
-
-# ======================================================================================================================
-# 5  Phase II: learn from the rollout (step 6)
-#
-#    The rollout was expensive, so it is used several times. But its tokens were drawn from the old policy: the ratio
-#    corrects for that. And its advantages hold only near the old policy: clipping keeps the new one there (T3, B).
-# ======================================================================================================================
-def policy_loss(log_probs, old_log_probs, advantages, mask, clip_eps: float):
-    """PPO's clipped surrogate (S6; Schulman et al. 2017, eq. 7): tensors [B,T] -> (loss, clip_fraction), scalars.
-
-    rho_t = pi(a_t|s_t) / pi_old(a_t|s_t) = exp(log pi - log pi_old)
-    L     = -mean_t min(rho_t * A_t, clip(rho_t, 1-eps, 1+eps) * A_t)
-
-    pi_old is the policy that sampled this batch: not the reference, which never changes (T5). The four cases (T4):
-        A > 0, rho <= 1+eps   the token gets likelier          A < 0, rho >= 1-eps   the token gets less likely
-        A > 0, rho >  1+eps   far enough: gradient zero        A < 0, rho <  1-eps   far enough: gradient zero
-    Why the min? When rho has moved the wrong way (A > 0, rho < 1-eps, or A < 0, rho > 1+eps), clip alone would have
-    gradient zero too, and the mistake could not be undone.
-    clip_fraction is the share of tokens whose gradient the clip has made zero: a brake, not a wall, since other tokens
-    share the weights, and Adam has momentum.
-    """
-    ratio = torch.exp(torch.where(mask, log_probs - old_log_probs, 0))                                  # [B,T]
-    surrogate = ratio * advantages
-    clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages
-    return -masked_mean(torch.min(surrogate, clipped), mask), masked_mean((clipped < surrogate).float(), mask)
-
-
-def value_loss(values, returns, mask, old_values=None, value_clip: float | None = None):
-    """The critic's loss (S6, L8): L_V = 1/2 mean_t (V(s_t) - G_t)^2; tensors [B,T] -> scalar.
-
-    With value_clip, the worse of two errors counts: that of V, and that of V held within value_clip of old_values.
-    A value that has moved further than that towards G_t gets no gradient.
-    """
-    error = torch.where(mask, values - returns, 0) ** 2                                                 # [B,T]
-    if value_clip is not None:
-        near = old_values + (values - old_values).clamp(-value_clip, value_clip)
-        error = torch.max(error, torch.where(mask, near - returns, 0) ** 2)
-    return 0.5 * masked_mean(error, mask)
-
-
-def means(table: list[dict]) -> dict[str, float]:
-    """The mean of each column of numbers; "reply" is a text."""
-    return {name: sum(line[name] for line in table) / len(table) for name in table[0] if name != "reply"}
-
-
-def update_policy(actor, optimizer, rollout: Rollout, cfg: Config) -> dict[str, float]:
-    """Phase II: ppo_epochs passes over the rollout, in shuffled minibatches; each takes one step on
-
-    L = L_policy + c_V * L_V - c_ent * H        (S6: the entropy H is subtracted, for we minimise and want it large)
-
-    Returns the metrics' means over all updates; first_log_ratio is the mean |log rho| of the first minibatch,
-    before any step: rounding (below 1e-5), or something is wrong with the old log-probs.
-    """
-    def loss(actor, index):  # index: which replies
-        mask, old_log_probs = rollout.mask[index], rollout.log_probs[index]
-        log_probs, values, logits = read_replies(actor, [x[index] for x in rollout.batch], cfg.temperature)
-        pg_loss, clip_fraction = policy_loss(log_probs, old_log_probs, rollout.advantages[index], mask, cfg.clip_eps)
-        v_loss = value_loss(values, rollout.returns[index], mask, rollout.values[index], cfg.value_clip)
-        # Entropy that is only reported needs no gradient: over a large vocabulary, that saves time.
-        mean_entropy = masked_mean(entropy(logits if cfg.ent_coef else logits.detach()), mask)
-        log_ratio = torch.where(mask, log_probs - old_log_probs, 0).detach()
-        return pg_loss + cfg.vf_coef * v_loss - cfg.ent_coef * mean_entropy, mask.sum(), {
-            "policy_loss": pg_loss, "value_loss": v_loss, "entropy": mean_entropy, "clip_fraction": clip_fraction,
-            # estimates KL(pi_old || pi): E[rho - 1] is 0, so it changes no mean, and no term is negative
-            "approx_kl": masked_mean(log_ratio.exp() - 1 - log_ratio, mask),
-            "first_log_ratio": masked_mean(log_ratio.abs(), mask)}
-
-    history = [descend(actor, optimizer, loss, index, cfg) for _ in range(cfg.ppo_epochs)
-               for index in torch.randperm(len(rollout.mask), device=rollout.mask.device).chunk(cfg.minibatches)]
-    return means(history) | {"first_log_ratio": history[0]["first_log_ratio"]}
-
-
-def explained_variance(values, returns, mask) -> float:
-    """1 - Var(G - V) / Var(G) over real tokens: 1 a perfect critic, 0 no better than a constant, below 0 worse.
-
-    values are those of Phase I: what the critic said before it learned from these returns. With lambda below 1 it is
-    flattered, for G contains its own later values: compare runs of one lambda only.
-    """
-    return 1 - moments(returns - values, mask)[1] / max(moments(returns, mask)[1], 1e-8)
-
-
-def adapt_kl_coef(kl_coef: float, kl: float, target: float) -> float:
-    """beta for the next cycle: at most 2% more when KL is above its target, 2% less when below (T6; Ziegler 2019)."""
-    return kl_coef * (1 + 0.1 * min(max(kl / target - 1, -0.2), 0.2))
-
-
-# ======================================================================================================================
-# 6  The loop
-#
-#    repeat:  draw prompts -> Phase I: sample, score, value -> Phase II: some small updates -> throw the batch away
-#
-#    Nothing of a cycle is used again but the weights, Adam's moments and, if it adapts, beta: PPO is on-policy, and old
-#    replies are replies of another policy (L1).
-# ======================================================================================================================
-def describe(rollouts: list[Rollout], kl_coef: float) -> list[dict]:
-    """What there is to say of each reply, from all processes: reply (the text), the human's verdicts (see `judge`),
-    reward, kl, objective = reward - beta * kl, reply_length in tokens, finished.
-
-    kl is KL(pi_old || pi_ref) in nats, estimated by the reply's own tokens: it can be negative, its expectation not.
-    """
-    numbers = [zip(r.rows, r.scores.tolist(), (r.log_probs - r.ref_log_probs).sum(dim=1).tolist(),
-                   r.mask.sum(dim=1).tolist()) for r in rollouts]
-    return gather([{"reply": row.reply, **judge(*row), "reward": score, "kl": kl, "objective": score - kl_coef * kl,
-                    "reply_length": length, "finished": row.finished} for row, score, kl, length in chain(*numbers)])
-
-
-# The main columns of metrics.csv, and what they do in a healthy run:
-#   reward, objective    rise quickly, then flatten; objective = reward - beta * kl is what PPO maximises
-#   human                follows the reward. If it falls while the reward rises, the reward model is being fooled (P1)
-#   kl                   per reply: 0 at first, then a few nats, and stays. If it keeps rising, beta is too small (P2)
-#   validation           the objective on held-out prompts, every eval_every cycles
-#   entropy              falls, not to 0 at once: then nothing is tried any more
-#   clip_fraction        0 to 0.2. Much more: lr or ppo_epochs too large
-#   approx_kl            to the *old* policy, per token, mean over the cycle's updates: well below 0.1
-#   first_log_ratio      below 1e-5 in float32: otherwise the old log-probs are wrong
-#   policy_loss          jitters around 0 and means little: its sampling distribution changes with every cycle
-#   value_loss           falls
-#   explained_variance   rises from 0 while replies differ in quality; once nearly all are good, little is left to
-#                        explain: unsteady
-SHOWN = {"cycle": "5.0f", "reward": "7.3f", "human": "6.2f", "kl": "6.2f", "objective": "9.3f", "entropy": "7.3f",
-         "clip_fraction": "13.3f", "explained_variance": "18.2f", "reply_length": "12.1f", "seconds": "7.2f"}
-
-
-def train_ppo(actor, reference, score_fn, prompts: dict[str, list[str]], cfg: Config) -> list[dict]:
-    """Cycles of Phase I and Phase II (L1). Trains `actor`, and leaves in it the weights that validated best (L6).
-
-    Of policies that validated equally well, the latest. SFT is no candidate: a bad reward can lead below it.
-
-    Returns the metrics, a dict per cycle: the rows of metrics.csv.
-    """
-    # The critic starts from nothing and should be ahead of the actor: ten times the learning rate. No weight decay:
-    # it would pull the policy towards zero weights. The learning rate falls to 0: late cycles have only noise to learn.
-    # Once nearly every reply is good, gradients are small, and a rare bad reply has by far the largest. With Adam's
-    # usual 0.999, that one's step is up to three learning rates long, which shakes what the policy says elsewhere
-    # (notes/trust.md). eps = 1e-5, usual in PPO, keeps gradients that are nothing but rounding from moving it.
-    groups = [{"params": actor.lm.parameters()}, {"params": actor.head.parameters(), "lr": 10 * cfg.lr}]
-    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda cycle: 1 - cycle / max(cfg.cycles, 1))
-    best, log = frozen(actor), []
-    parts = {"actor": actor, "best": best, "optimizer": optimizer, "schedule": schedule}
-    for cycle, rng in resumable(cfg.cycles, "PPO", cfg.save_every, parts, log, cfg):
-        start = time.perf_counter()
-        if cfg.kl_target is not None and log:
-            cfg = replace(cfg, kl_coef=adapt_kl_coef(log[-1]["kl_coef"], log[-1]["kl"], cfg.kl_target))
-        drawn = rng.choices(prompts["train"], k=cfg.batch_size // cfg.replies_per_prompt)
-        asked = share([prompt for prompt in drawn for _ in range(cfg.replies_per_prompt)])
-        with explain(f"PPO, cycle {cycle + 1}"):
-            rollout = collect_rollout(actor, reference, score_fn, asked, cfg)
-            rho_before = ratio(actor, rollout, cfg) if cycle == 0 else None
-            metrics = {"cycle": cycle + 1, "episodes": (cycle + 1) * cfg.batch_size, "kl_coef": cfg.kl_coef,
-                       "lr": schedule.get_last_lr()[0], **update_policy(actor, optimizer, rollout, cfg),
-                       "explained_variance": explained_variance(rollout.values, rollout.returns, rollout.mask),
-                       **means(describe([rollout], cfg.kl_coef)), "validation": math.nan}
-        schedule.step()
-        if (cycle + 1) % cfg.eval_every == 0 or cycle + 1 == cfg.cycles:
-            reseed(cfg, "validation")  # the same random numbers every time: what differs is the policy
-            table = evaluate(actor, reference, score_fn, prompts["validation"], 16, cfg)
-            metrics["validation"] = means(table)["objective"]
-            # Ahead by less than two standard errors may be luck: then the later policy is kept, which learned longer.
-            # (A cycle without validation has NaN, and NaN > x is False.) Objectives under different betas cannot be
-            # compared at all: while beta adapts, the latest is kept.
-            luck = 2 * pstdev(line["objective"] for line in table) / len(table) ** 0.5
-            if cfg.kl_target is not None or not any(row["validation"] > metrics["validation"] + luck for row in log):
-                best.load_state_dict(actor.state_dict())
-        log.append(metrics | {"seconds": time.perf_counter() - start})
-        write_metrics(log, cfg)
-        if cycle == 0:
-            say(xray(rollout, actor.tokenizer, cfg, rho_before=rho_before, rho_after=ratio(actor, rollout, cfg)))
-        shown = {name: spec for name, spec in SHOWN.items() if not math.isnan(log[-1][name])}
-        if cycle % 20 == 0:
-            say("  ".join(f"{name:>{len(format(0.0, spec))}}" for name, spec in shown.items()))
-        say("  ".join(format(log[-1][name], spec) for name, spec in shown.items()))
-    actor.load_state_dict(best.state_dict())
-    return log
-
-
-def write_metrics(log: list[dict], cfg: Config):
-    """metrics.csv, a row per cycle. All are written anew each time: after a resume, no row is missing or doubled."""
-    if cfg.out and RANK == 0:
-        with replacing(Path(cfg.out) / "metrics.csv") as path, open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, log[0])
-            writer.writeheader()
-            writer.writerows({name: "" if x != x else x for name, x in row.items()} for row in log)
-
-
-# ======================================================================================================================
-# 7  Report: what each stage did to the replies, and how much of the possible PPO reached
-#
-#    All on test prompts, which no stage has seen and by which no run chooses anything (only the defaults were chosen by
-#    them). That the reward rises is no proof that PPO is right: with many a bug it rises too, only a little less. So
-#    the report also says what the best policy could have reached, and how much of that way PPO has gone.
-# ======================================================================================================================
-def evaluate(actor, reference, score_fn, prompts: list[str], N: int, cfg: Config) -> list[dict]:
-    """Phase I without Phase II: N replies to each of the first 20 prompts, prompt by prompt; see `describe`."""
-    cfg = replace(cfg, whiten_rewards=False, whiten_advantages=False)  # whitening would wait for other processes
-    asked = share([prompt for prompt in prompts[:20] for _ in range(N)])
-    return describe([collect_rollout(actor, reference, score_fn, part, cfg)
-                     for part in chunks(asked, 4 * cfg.micro_batch_size)], cfg.kl_coef)
-
-
-def reward_model_quality(score_fn, sft, data: Data, cfg: Config) -> dict[str, float]:
-    """How well a reward agrees with the human on prompts held out from all training (P1).
-
-    accuracy: share of reply pairs, same prompt, that both order alike; pairs that the human finds equal do not count.
-    correlation: Pearson's r between the two scores; NaN for your own data, for rankings tell order, not points.
-    """
-    reseed(cfg, "reward model quality")
-    groups = data.held_out or sample_groups(sft, data.prompts["validation"][:20], 32, cfg)
-    human = [range(len(rows), 0, -1) if data.held_out else human_score(*zip(*rows)) for rows in groups]
-    scores = [rate(score_fn, rows) for rows in groups]
-    pairs = [(h - other) * (s - other_s) > 0 for points, row in zip(human, scores)
-             for (h, s), (other, other_s) in combinations(zip(points, row), 2) if abs(h - other) > 0]
-    accuracy = sum(pairs) / len(pairs) if pairs else math.nan
-    both = torch.tensor([list(chain(*human)), list(chain(*scores))])                                    # [2,replies]
-    r = math.nan if data.held_out else torch.corrcoef(both)[0, 1].item()
-    if pairs:
-        say(f"reward on new prompts: {accuracy:.1%} of pairs as the human ranks" + f", correlation {r:.2f}" * (r == r))
-    if r < 0.7:
-        say("warning: correlation below 0.7: PPO will learn what this reward likes, not what the human likes (P1)")
-    return {"accuracy": accuracy, "correlation": r}
-
-
-def optimum(scores, kl_coef: float) -> tuple[float, float]:
-    """The best objective any policy can reach -> (J*, effective sample size), from scores [prompts,N] of the reference.
-
-    J(pi)  = E[r] - beta * KL(pi || pi_ref)       the objective, for one prompt x
-    pi*    = pi_ref * exp(r / beta) / Z           its maximiser: J(pi) = beta * log Z - beta * KL(pi || pi*)
-    J*(x)  = beta * log Z = beta * log E_ref[exp(r / beta)]
-
-    So no training is needed to know the optimum: sample many replies from the reference, score them, and take the mean
-    of exp(r / beta). Few of them carry that sum when beta is small; the effective sample size, (sum w)^2 / sum w^2 with
-    w = exp(r / beta), averaged over the prompts, says how few. The estimate errs on the low side, by about beta / (2 *
-    effective sample size); when that size is small, the best replies were missed and J* is only a lower bound.
-    """
-    log_weights = scores.double() / kl_coef                                                             # [prompts,N]
-    weights = log_weights.softmax(dim=1)
-    j_star = kl_coef * (log_weights.logsumexp(dim=1) - math.log(scores.shape[1]))                       # [prompts]
-    return j_star.mean().item(), (1 / (weights ** 2).sum(dim=1)).mean().item()
-
-
-def win_rate(table: list[dict], sft_table: list[dict], N: int) -> float:
-    """Chance that the human prefers a reply to SFT's to the same prompt, ties counting half; N replies to a prompt."""
-    human, sft = (torch.tensor([line["human"] for line in lines]).view(-1, N) for lines in (table, sft_table))
-    difference = human.unsqueeze(2) - sft.unsqueeze(1)                                                  # [prompts,N,N]
-    return ((1 + difference.sign()) / 2 + 0 * difference).mean().item()  # 0 * NaN: no human, no win rate
-
-
-def make_report(tables: dict[str, list], sft_scores, N: int, kl_coef: float) -> dict:
-    """The contents of report.json, from the `evaluate` tables of "pretrained", "sft" and "ppo"."""
-    report = {name: {column.removeprefix("reply_"): x for column, x in means(table).items()}
-              | {"win_rate": win_rate(table, tables["sft"], N)} for name, table in tables.items()}
-    j_sft, j_ppo = report["sft"]["objective"], report["ppo"]["objective"]
-    j_star, size = optimum(sft_scores, kl_coef) if kl_coef > 0 else (math.nan, 0)
-    return report | {"optimum": {"objective": j_star, "effective_sample_size": size, "fraction":
-                                 (j_ppo - j_sft) / (j_star - j_sft) if size >= 5 and j_star > j_sft else math.nan}}
-
-
-def show_report(report: dict, tables: dict[str, list], prompts: list[str]):
-    """Print report.json as tables, and for some prompts the first reply (not the best one) of each model."""
-    columns = [column for column, x in report["ppo"].items() if x == x]
-    say(f"\nRESULT on {len(prompts)} prompts that no stage has seen\n\n{'':10}" + "".join(f"{x:>10}" for x in columns))
-    for name in tables:
-        say(f"{name:10}" + "".join(f"{report[name][column]:10.2f}" for column in columns))
-    j_star, size, fraction = report["optimum"].values()
-    if j_star == j_star:  # else --kl_coef 0: the best policy would say its one best reply, wherever that is
-        say(f"\nTHE OPTIMUM: the best objective that any policy can have is J* = {j_star:.3f}" + (
-            f"; of the way there from SFT, PPO went {fraction:.1%}" if fraction == fraction else " or more")
-            + f"\n(estimated from {size:.0f} effective samples per prompt)")
-    for i in range(len(prompts))[2::5]:
-        say(f"\n  user        {shown(prompts[i])}")
-        for name, table in tables.items():
-            say(f"  {name:10}  {shown(table[i * len(table) // len(prompts)]['reply'])}")
-    say("\nSECONDS: " + ", ".join(f"{name} {x:.1f}" for name, x in report["seconds"].items()))
-
-
-def shown(text: str) -> str:
-    """The end of a text, on one line."""
-    return " ".join(text.split())[-100:]
-
-
-def peak_memory(cfg: Config) -> float:
-    """The most memory used so far, in GB: the GPU's, else this process's (NaN on Windows, which does not tell)."""
-    if cfg.device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated(cfg.device) / 1e9
-    with suppress(ImportError):
-        import resource
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
-    return math.nan
-
-
-def ratio(actor, rollout: Rollout, cfg: Config):
-    """rho_t = pi / pi_old, for the actor as it is now: [B,T]."""
-    return (read_all(actor, rollout.batch, cfg)[0] - rollout.log_probs).exp()
-
-
-def xray(rollout: Rollout, tokenizer, cfg: Config, row: int = 0, **ratios) -> str:
-    """One reply under X-ray: article E's table with this run's numbers, a line per token.
-
-    KL = log pi - log ref;  r_t from step 2;  V(s_t) from step 3;  delta_t from step 4;  A_t and return from step 5;
-    `ratios` are further columns: step 6's rho_t before the update (1, always) and after it.
-    What to see: only tokens on which log pi and log ref differ cost KL, and the score arrives at <eos>.
-    """
-    r, deltas = rollout, td_residuals(rollout.rewards, rollout.values, rollout.mask, cfg.gamma)
-    columns = {"log pi": r.log_probs, "log ref": r.ref_log_probs, "KL": r.log_probs - r.ref_log_probs, "r_t": r.rewards,
-               "V(s_t)": r.values, "delta_t": deltas, "A_t": r.advantages, "return": r.returns} | ratios
-    lines = [f'X-RAY of one reply to "{shown(r.rows[row].prompt)}" (score {r.scores[row]:.3f})',
-             f"{'token':12}" + "".join(f"{name:>11}" for name in columns)]
-    for t, token in enumerate(r.reply_ids[row][r.mask[row]]):
-        numbers = "".join(f"{round(x[row, t].item(), 3) + 0.0:11.3f}" for x in columns.values())
-        lines.append(f"{tokenizer.decode([token]).strip():12}{numbers}")
-    return "\n" + "\n".join(lines) + "\n"
-
-
-# ======================================================================================================================
-# 8  Files, and main
-# ======================================================================================================================
-def open_folder(cfg: Config):
-    """Make the run's folder, cfg.out, and write config.json. Raises UserError rather than touch an earlier run."""
+def write_json(path: Path, content: dict):
+    """NaN is not JSON: it becomes null."""
+    content = json.loads(json.dumps(content), parse_constant=lambda name: None)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def open_folder(cfg):
+    """Make the run's folder and write config.json. An earlier run is never touched."""
     cfg.out = cfg.out or time.strftime("runs/%Y%m%d-%H%M%S")
-    if RANK == 0 and not cfg.resume:
-        with explain(f"--out {cfg.out} cannot be used; choose another folder", OSError):
-            Path(cfg.out).mkdir(parents=True, exist_ok=True)
-            check({*os.listdir(cfg.out)} <= {"config.json.tmp"}, "it is not empty")
-            with replacing(Path(cfg.out, "config.json")) as path:
-                path.write_text(json.dumps(asdict(cfg), indent=2) + "\n")
+    folder = Path(cfg.out)
+    if RANK > 0 or cfg.resume:
+        return
+    with explain(f"--out {folder} cannot be used; choose another folder", OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        check(set(os.listdir(folder)) <= {"config.json.tmp"}, "it is not empty")
+        write_json(folder / "config.json", asdict(cfg))
 
 
 def save_model(model, folder: Path):
-    """An ordinary transformers folder, for AutoModelForCausalLM.from_pretrained, and our head: heads.safetensors."""
+    """An ordinary transformers folder, and the weights of our head in heads.safetensors."""
     if RANK == 0:
         with replacing(folder) as temporary:
             model.lm.save_pretrained(temporary)
@@ -1352,163 +2048,95 @@ def save_model(model, folder: Path):
             save_file(model.head.state_dict(), temporary / "heads.safetensors")
 
 
-def load_model(kind, folder: Path, cfg: Config):
-    """What save_model wrote; kind is ActorCritic or RewardModel."""
-    with explain(f"{folder} is damaged, or not of a run", Exception):
-        model = kind(*load_pretrained(folder), cfg)
+def load_model(model_class, folder: Path, cfg):
+    """What save_model wrote; model_class is ActorCritic or RewardModel."""
+    with explain(f"{folder} is damaged or not of a run", Exception):
+        model = model_class(*load_pretrained(folder, cfg), cfg)
         model.head.load_state_dict(load_file(folder / "heads.safetensors"))
         return model
 
 
-def finished_stage(name: str, cfg: Config) -> Path | None:
-    """The folder of a stage's model, if this run (--resume) or an earlier one (--init_from) has it already."""
-    folders = (Path(run) / name for run in (cfg.resume, cfg.init_from) if run)
-    return next((folder for folder in folders if folder.is_dir()), None)
+def finished_model(name: str, cfg) -> Path | None:
+    """The folder of a stage's model, if this run (--resume) or an earlier one has it already."""
+    for run in [cfg.resume, cfg.init_from]:
+        if run and (Path(run) / name).is_dir():
+            return Path(run) / name
+    return None
 
 
-def stage(name: str, kind, cfg: Config, seconds: dict, train):
-    """The model that a stage makes: loaded if it is there already, else trained; and saved in this run's folder."""
-    start, folder, target = time.perf_counter(), finished_stage(name, cfg), Path(cfg.out) / name
-    model = load_model(kind, folder, cfg) if folder else train()
-    if folder != target:
-        save_model(model, target)
+def run_stage(name: str, model_class, seconds: dict, cfg, train, *inputs):
+    """The model of one stage: loaded if it is there already, otherwise train(*inputs, cfg)."""
+    start = time.perf_counter()
+    folder = finished_model(name, cfg)
+    model = load_model(model_class, folder, cfg) if folder else train(*inputs, cfg)
+    if folder != Path(cfg.out) / name:
+        save_model(model, Path(cfg.out) / name)
     seconds[name] = time.perf_counter() - start
     return model
 
 
-def load_reward(cfg: Config):
-    """--reward as a score_fn: the human's rule, file.py:function, or a classifier, whose last label counts (L4)."""
-    if cfg.reward == "human":
-        return human_score
-    with explain(f"--reward {cfg.reward} is not model, human, file.py:function, or a classifier", Exception):
-        file, _, function = cfg.reward.rpartition(":")
-        if file.endswith(".py"):
-            return runpy.run_path(file)[function]
-        classify = pipeline("text-classification", cfg.reward, device=cfg.device, function_to_apply="none",
-                            truncation=True)
-        classify.tokenizer.truncation_side = "left"  # of a long text, the reply must be seen
-        label = classify.model.config.id2label[classify.model.config.num_labels - 1]
-
-    def score(prompts, replies, finished):
-        results = classify([prompt + reply for prompt, reply in zip(prompts, replies)], top_k=None)
-        return [{x["label"]: x["score"] for x in result}[label] for result in results]
-
-    return score
-
-
-def talk(cfg: Config):
-    """--talk RUN: for every line typed (or piped), a reply of each of that run's models, with its score and KL."""
-    run = Path(cfg.talk)
-    models = {name: load_model(ActorCritic, run / name, cfg) for name in ("pretrain", "sft", "policy")}
-    score_fn = load_reward(cfg) if cfg.reward != "model" else load_model(RewardModel, run / "reward_model", cfg).score
-    say('Type a line, such as "I feel sad. What can I do?"; an end of file (Ctrl-D) ends.')
-    reseed(cfg, "talk")
-    for line in sys.stdin:
-        prompt = shorten([[Row(line.rstrip("\n") + "\n", "", True)]], models["sft"], cfg)[0][0].prompt
-        for name, model in models.items():
-            reply = describe([collect_rollout(model, models["sft"], score_fn, [prompt], cfg)], cfg.kl_coef)[0]
-            say(f"  {name:10}score {reply['reward']:6.2f}  KL {reply['kl']:6.2f}  {shown(reply['reply'])}")
-
-
-def join_processes(cfg: Config):
-    """Under torchrun, find the other processes (R1)."""
+# ==================================================================================================
+# 10  main
+# ==================================================================================================
+def main(argv=None):
+    """Run everything. argv: a list of flags, or None for the command line's."""
+    start = time.perf_counter()
+    cfg = parse_config(argv)
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    logging.get_logger("huggingface_hub").setLevel("ERROR")
+    gc.freeze()  # the libraries' objects stay; to look through them for garbage takes a second
     if WORLD > 1:
         dist.init_process_group("nccl" if cfg.device.startswith("cuda") else "gloo")
-
-
-def leave_processes():
-    """Wait for the other processes before going: one that loses a partner in the middle of its exit may crash."""
+    try:
+        run_stages(cfg, start)
+    except KeyboardInterrupt:
+        say(f"\nstopped; to go on: python {sys.argv[0]} --resume {cfg.out}")
+        raise
     if WORLD > 1:
-        dist.barrier()
+        dist.barrier()  # one process that leaves early can make another one crash
         dist.destroy_process_group()
 
 
-def tune_process():
-    """What makes this process faster, and changes no result."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # for few short texts, threads only get in torch's way
-    gc.freeze()  # the libraries' objects stay: to look through them for garbage at the end takes a second
-    # Keep the memory of old tensors for new ones. Else large tensors go back to the system, and come again page by
-    # page: a quarter of an update at GPT-2's size. Only the C library of Linux has this; other systems go without.
-    with suppress(AttributeError, OSError, TypeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 1 << 30)    # M_MMAP_THRESHOLD: what is smaller than 1 GiB comes from the process's own heap,
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and that shrinks only when 2 GiB of it are free
-
-
-@contextmanager
-def fast_products():
-    """On AMD's processors with AVX-512, multiply matrices by oneDNN: twice the rate of MKL, which uses half the width.
-
-    torch gives float32 to oneDNN only if that may round it to bfloat16. It may, and cannot: it is not shown the
-    instructions for that, so it computes in float32 (there is a test). It takes a millisecond to prepare for a shape it
-    has not met. That pays in updates; in sampling, every token brings new shapes. Fused attention would call it for
-    each head of each reply, so in here attention is not fused.
-    """
-    cpu, matmul = torch.cpu.get_capabilities(), torch.backends.mkldnn.matmul
-    if not ("AMD" in cpu.get("cpu_name", "") and cpu["avx512_f"]) or torch.cuda.is_available():
-        yield
-        return
-    os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE"  # without AVX512_BF16 and what may come
-    before = matmul.fp32_precision
-    try:
-        matmul.fp32_precision = "bf16"
-        with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
-            yield
-    finally:
-        matmul.fp32_precision = before
-
-
-def main(argv=None):
-    tune_process()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    logging.get_logger("huggingface_hub").setLevel("ERROR")  # its retries without a network would be 8 lines of noise
-    start, seconds, cfg = time.perf_counter(), {}, parse_config(argv)
-    join_processes(cfg)
-    if cfg.talk:
-        return talk(cfg)
-    # All that can go wrong with what the user gave goes wrong here, before anything is written or takes long.
+def run_stages(cfg, start: float):
+    """Stages 0 to 2, PPO and the report."""
+    WHERE[0] = ""
+    # What can be wrong with the user's input fails here, before anything is written or takes long.
     score_fn = load_reward(cfg) if cfg.reward != "model" else None
-    own = {flag: read_jsonl(path, flag) if (path := getattr(cfg, flag)) else [] for flag in REPLIES}
+    own = {}
+    for flag in OWN_DATA:
+        own[flag] = read_jsonl(getattr(cfg, flag), flag) if getattr(cfg, flag) else []
     base = base_model(own, cfg)
-    data = load_data({flag: shorten(lines, base, cfg) for flag, lines in own.items()}, cfg)
+    own = {flag: shorten(lines, base, cfg) for flag, lines in own.items()}
+    data = load_data(own, cfg)
     if score_fn:
-        rate(score_fn, [Row(data.prompts["train"][0], "", True)])  # a function that cannot: say so now, not after SFT
+        ask_score_fn(score_fn, [Reply(data.prompts["train"][0], "", True)])
     open_folder(cfg)
-    # Ctrl-C waits for the end of the step, which is saved; pressed again, it does not
-    how = f"\nstopped; to go on: python {sys.argv[0]} --resume {cfg.out}"
-    signal.signal(signal.SIGINT, lambda *args: signal.default_int_handler(*args) if STOP else STOP.append(how))
 
-    # Stages 0 to 2, and PPO on top of them
-    pretrained = stage("pretrain", ActorCritic, cfg, seconds, lambda: pretrain(base, data.texts, cfg))
-    sft = stage("sft", ActorCritic, cfg, seconds, lambda: finetune(pretrained, data.demos, cfg))
-    if cfg.reward == "model":
-        score_fn = frozen(stage("reward_model", RewardModel, cfg, seconds,
-                                lambda: train_reward_model(sft, data, cfg))).score
-    reference, policy = frozen(sft), sft  # from here on, what `sft` names is trained
+    seconds = {}
+    pretrained = run_stage("pretrain", ActorCritic, seconds, cfg, pretrain, base, data.texts)
+    sft = run_stage("sft", ActorCritic, seconds, cfg, finetune, pretrained, data.demos)
+    if not score_fn:
+        reward_model = run_stage("reward_model", RewardModel, seconds, cfg, train_reward_model,
+                                 sft, data)
+        score_fn = frozen(reward_model).score
+    reference, policy = frozen(sft), sft
     quality = reward_model_quality(score_fn, reference, data, cfg)
     log = train_ppo(policy, reference, score_fn, data.prompts, cfg)
-    cfg = replace(cfg, kl_coef=log[-1]["kl_coef"]) if log else cfg  # it may have adapted
     save_model(policy, Path(cfg.out) / "policy")
 
-    # The report: three models side by side, and the best that would be possible
-    reseed(cfg, "report")
-    test, N = data.prompts["test"][:20], min(128, cfg.optimum_samples)
-    tables = {name: evaluate(model, reference, score_fn, test, N, cfg)
-              for name, model in (("pretrained", pretrained), ("sft", reference), ("ppo", policy))}
-    groups = sample_groups(reference, test, cfg.optimum_samples, cfg)
-    scores = [rate(score_fn, rows, cfg.missing_eos_penalty) for rows in groups]
-    report = make_report(tables, torch.tensor(scores), N, cfg.kl_coef)
-    say(xray(collect_rollout(policy, reference, score_fn, test[:1], cfg), policy.tokenizer, cfg))
-    seconds |= {"ppo": sum(row["seconds"] for row in log), "total": time.perf_counter() - start}
-    report |= {"reward_model": quality, "seconds": seconds, "peak_memory_gb": peak_memory(cfg)}
+    models = {"pretrained": pretrained, "sft": reference, "ppo": policy}
+    test = data.prompts["test"][:20]
+    report, tables = compare_models(models, score_fn, test, cfg)
+    say(xray(sample_and_score(policy, reference, score_fn, test[:1], cfg), policy.tokenizer, cfg))
+    seconds["ppo"] = sum(line["seconds"] for line in log)
+    seconds["total"] = time.perf_counter() - start
+    report.update(reward_model=quality, seconds=seconds)
     if RANK == 0:
-        with replacing(Path(cfg.out) / "report.json") as path:
-            report_json = json.loads(json.dumps(report), parse_constant=lambda _: None)  # NaN, which is not JSON: null
-            path.write_text(json.dumps(report_json, indent=2) + "\n")
+        write_json(Path(cfg.out) / "report.json", report)
     show_report(report, tables, test)
-    say(f"\nAll is in {cfg.out}. PPO alone, with another flag: python ppo_rlhf.py --init_from {cfg.out} --kl_coef 0.05")
-    leave_processes()
+    say(f"\nAll is in {cfg.out}. PPO alone, with another flag: "
+        f"python ppo_rlhf.py --init_from {cfg.out} --kl_coef 0.05")
 
 
 if __name__ == "__main__":
@@ -1518,5 +2146,4 @@ if __name__ == "__main__":
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(*STOP)
         sys.exit(130)

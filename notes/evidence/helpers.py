@@ -1,0 +1,56 @@
+"""Small functions for more than one file of tests."""
+import copy
+import json
+
+import torch
+
+import ppo_rlhf as ppo
+from test_ppo_rlhf import read_metrics
+
+# Ten lines that can be the file of --prompts, --demos and --preferences.
+TEN = [{"prompt": f"Question {i}?\n", "completion": "Yes.", "chosen": "Good.", "rejected": "Bad."}
+       for i in range(10)]
+
+
+def jsonl(*lines):
+    """Dicts as the text of a JSONL file."""
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
+def write_jsonl(path, lines):
+    path.write_text(jsonl(*lines), encoding="utf-8")
+    return str(path)
+
+
+def snapshot(*folders):
+    """All files and folders below these folders, with what they contain."""
+    contents = {}
+    for folder in folders:
+        for path in sorted(folder.rglob("*")):
+            if path.suffix != ".pyc" and path.name != "__pycache__":
+                contents[path] = path.read_bytes() if path.is_file() else None
+    return contents
+
+
+def same_results(a, b):
+    """Two runs ended alike, bit for bit. Only the seconds may differ."""
+    assert read_metrics(a) == read_metrics(b)
+    for name in ["pretrain", "sft", "reward_model", "policy"]:
+        for file in ["model.safetensors", "heads.safetensors"]:
+            assert (a / name / file).read_bytes() == (b / name / file).read_bytes(), (name, file)
+    reports = [json.loads((folder / "report.json").read_text()) for folder in (a, b)]
+    for report in reports:
+        del report["seconds"]
+    assert reports[0] == reports[1]
+
+
+def read_config(out):
+    return json.loads((out / "config.json").read_text())
+
+
+def gradients_of_one_update(actor, rollout, cfg):
+    """The gradients that update_policy leaves in a copy of the actor. The weights do not move."""
+    actor = copy.deepcopy(actor)
+    still = torch.optim.SGD(actor.parameters(), lr=0.0)
+    ppo.update_policy(actor, still, rollout, cfg)
+    return [parameter.grad for parameter in actor.parameters() if parameter.grad is not None]

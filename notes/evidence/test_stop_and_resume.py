@@ -1,0 +1,371 @@
+"""A run that was stopped in any way goes on, and ends bit for bit like one that was not stopped.
+
+Stages 0 to 2 are saved when they are done, and repeated if they were not. PPO is saved every
+save_every cycles, and when Ctrl-C is pressed.
+"""
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import ppo_rlhf as ppo
+from helpers import same_results, snapshot
+from test_ppo_rlhf import HERE, NAN, TINY, read_metrics, slow, small_config
+
+
+class Killed(BaseException):
+    """Nobody catches this by accident."""
+
+
+def read_state(out):
+    return torch.load(out / "state.pt", weights_only=True)
+
+
+def press_ctrl_c():
+    signal.raise_signal(signal.SIGINT)
+
+
+def call_at(purpose, function, patch):
+    """Call a function when the script seeds its dice for this purpose, such as "PPO 1"."""
+    reseed = ppo.reseed
+
+    def spy(cfg, now):
+        if now == purpose:
+            function()
+        return reseed(cfg, now)
+
+    patch.setattr(ppo, "reseed", spy)
+
+
+@pytest.fixture(autouse=True)
+def handler_is_restored():
+    """After every test here, whatever happened in it, Ctrl-C does what it did before."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+# ---- Killed --------------------------------------------------------------------------------------
+def kill_when_replacing(name, time_of_it, patch):
+    """Die when the file or folder of this name is put in its place for the n-th time.
+
+    What was to be put there is left half written.
+    """
+    replace, seen = os.replace, []
+
+    def die(source, target):
+        if Path(target).name == name:
+            seen.append(target)
+            if len(seen) == time_of_it:
+                file = Path(source)
+                if file.is_dir():
+                    file = file / "model.safetensors"
+                file.write_bytes(file.read_bytes()[:100])
+                raise Killed
+        replace(source, target)
+
+    patch.setattr(os, "replace", die)
+
+
+@pytest.mark.parametrize("name, time_of_it", [
+    ("sft", 1), ("metrics.csv", 2), ("state.pt", 2), ("policy", 1),
+    *(pytest.param(*case, marks=slow) for case in [
+        ("pretrain", 1), ("reward_model", 1), ("metrics.csv", 1), ("state.pt", 1),
+        ("metrics.csv", 3), ("state.pt", 3), ("report.json", 1)])])
+def test_a_run_killed_while_saving_and_resumed_ends_as_if_not(run, name, time_of_it, tmp_path,
+                                                              monkeypatch):
+    """With --save_every 1, metrics.csv and state.pt are replaced in each of the 3 cycles."""
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        kill_when_replacing(name, time_of_it, patch)
+        with pytest.raises(Killed):
+            ppo.main([*TINY, "--save_every", "1", "--out", str(out)])
+    assert (out / f"{name}.tmp").exists()
+    ppo.main(["--resume", str(out)])
+    same_results(run, out)
+    assert not list(out.glob("*.tmp"))
+
+
+def test_a_run_killed_between_two_saves_repeats_the_cycles_since_then(run, tmp_path, monkeypatch):
+    """--save_every 2: cycle 3 was done and is lost."""
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        kill_when_replacing("state.pt", 2, patch)
+        with pytest.raises(Killed):
+            ppo.main([*TINY, "--init_from", str(run), "--save_every", "2", "--out", str(out)])
+    assert read_state(out)["cycle"] == 2 and len(read_metrics(out)) == 3
+    ppo.main(["--resume", str(out)])
+    same_results(run, out)
+
+
+def test_a_run_killed_before_its_settings_were_saved_can_be_called_again(tmp_path, monkeypatch):
+    command = [*TINY, "--out", str(tmp_path / "run"), "--cycles", "1"]
+    with monkeypatch.context() as patch:
+        kill_when_replacing("config.json", 1, patch)
+        with pytest.raises(Killed):
+            ppo.main(command)
+    with pytest.raises(ppo.UserError, match="not the folder of a run"):
+        ppo.main(["--resume", str(tmp_path / "run")])
+    call_at("pretraining 0", stop_here, monkeypatch)
+    with pytest.raises(Killed):
+        ppo.main(command)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
+
+
+def stop_here():
+    raise Killed
+
+
+# ---- Ctrl-C --------------------------------------------------------------------------------------
+def test_ctrl_c_in_a_stage_before_ppo_stops_at_once_and_the_stage_is_repeated(
+        run, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    went_on = []
+    with monkeypatch.context() as patch:
+        call_at("reward model 4", lambda: went_on.append("no"), patch)
+        call_at("reward model 3", press_ctrl_c, patch)
+        with pytest.raises(KeyboardInterrupt):
+            ppo.main([*TINY, "--out", str(out)])
+    assert not went_on
+    assert f"stopped; to go on: python {sys.argv[0]} --resume {out}\n" in capsys.readouterr().out
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "pretrain", "sft"]
+    before = snapshot(out / "sft")
+    ppo.main(["--resume", str(out)])
+    same_results(run, out)
+    assert snapshot(out / "sft") == before
+
+
+def test_ctrl_c_in_ppo_waits_for_the_end_of_the_cycle_and_saves(run, tmp_path, monkeypatch,
+                                                                capsys):
+    """main can be called again in the same process: in a notebook, say."""
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        call_at("PPO 1", press_ctrl_c, patch)
+        with pytest.raises(KeyboardInterrupt):
+            ppo.main([*TINY, "--save_every", "9", "--out", str(out)])
+    assert f"stopped; to go on: python {sys.argv[0]} --resume {out}\n" in capsys.readouterr().out
+    assert read_state(out)["cycle"] == len(read_metrics(out)) == 2
+    ppo.main(["--resume", str(out)])
+    same_results(run, out)
+
+
+def test_ctrl_c_pressed_twice_in_ppo_stops_at_once(run, tmp_path, monkeypatch):
+    """What was saved before is still there: here the first cycle."""
+    out = tmp_path / "run"
+    flags = ["--init_from", str(run), "--save_every", "1", "--out", str(out)]
+    with monkeypatch.context() as patch:
+        call_at("PPO 1", press_ctrl_c, patch)
+        call_at("validation", press_ctrl_c, patch)  # in the same cycle, the second of three
+        with pytest.raises(KeyboardInterrupt):
+            ppo.main([*TINY, *flags])
+    assert read_state(out)["cycle"] == len(read_metrics(out)) == 1
+    ppo.main(["--resume", str(out)])
+    same_results(run, out)
+
+
+def test_a_run_in_another_thread_ends_as_in_the_main_one(run, tmp_path):
+    """Only the main thread gets signals, and only it may say what they do."""
+    out = tmp_path / "run"
+    failures = []
+
+    def target():
+        try:
+            ppo.main([*TINY, "--init_from", str(run), "--out", str(out)])
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=target)
+    thread.start()
+    thread.join()
+    assert not failures
+    same_results(run, out)
+
+
+def test_ctrl_c_means_what_it_meant_before_when_ppo_ends_in_any_way():
+    """At the end, after an error in a cycle, and when the loop is left. In PPO it means another."""
+    def someone_elses(number, frame):
+        pass
+
+    original = signal.signal(signal.SIGINT, someone_elses)
+    try:
+        for how in ["end", "error", "break"]:
+            try:
+                for cycle, rng in ppo.cycles_to_do({}, [], small_config("--cycles", "2")):
+                    assert signal.getsignal(signal.SIGINT) is not someone_elses
+                    if how == "error":
+                        raise ppo.UserError
+                    if how == "break":
+                        break
+            except ppo.UserError:
+                pass
+            assert signal.getsignal(signal.SIGINT) is someone_elses, how
+    finally:
+        signal.signal(signal.SIGINT, original)
+
+
+@pytest.mark.parametrize("when", ["PPO", pytest.param("pretraining", marks=slow)])
+def test_ctrl_c_on_the_command_line_exits_with_130_and_the_command_to_go_on(run, when, tmp_path):
+    out, flags = tmp_path / "run", [*TINY, "--out", tmp_path / "run"]
+    if when == "PPO":
+        flags += ["--init_from", run, "--cycles", "1000"]
+        wait_for = out / "metrics.csv"
+    else:
+        flags += ["--pretrain_steps", "100000"]
+        wait_for = out / "config.json"
+    process = subprocess.Popen([sys.executable, HERE / "ppo_rlhf.py", *flags], text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while not wait_for.exists() and process.poll() is None:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    shown, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and errors == ""
+    assert shown.endswith(f"stopped; to go on: python {HERE / 'ppo_rlhf.py'} --resume {out}\n")
+    if when == "PPO":
+        assert len(read_metrics(out)) == read_state(out)["cycle"] > 0
+
+
+# ---- What is remembered --------------------------------------------------------------------------
+def test_a_resumed_run_remembers_the_best_policy_from_before_the_stop(run, tmp_path, monkeypatch):
+    """The policy of cycle 2 validated better than that of cycle 3, which comes after the stop."""
+    out = tmp_path / "run"
+
+    def good_and_stop(*args):
+        press_ctrl_c()
+        return [2.0, 2.0]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo, "validate", good_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            ppo.main([*TINY, "--init_from", str(run), "--out", str(out)])
+    best = read_state(out)["actor"]
+    monkeypatch.setattr(ppo, "validate", lambda *args: [1.0, 1.0])
+    ppo.main(["--resume", str(out)])
+    assert [row["validation"] for row in read_metrics(out)] == ["", "2.0", "1.0"]
+    kept = ppo.load_model(ppo.ActorCritic, out / "policy", small_config()).state_dict()
+    assert all(torch.equal(best[name], weight) for name, weight in kept.items())
+    last = read_state(out)["actor"]
+    assert not all(torch.equal(last[name], weight) for name, weight in kept.items())
+
+
+# ---- Damaged -------------------------------------------------------------------------------------
+def damage(run, kind):
+    """Damage one file of a run."""
+    if kind == "half a state":
+        content = (run / "state.pt").read_bytes()
+        (run / "state.pt").write_bytes(content[:1000])
+    elif kind == "something else as state":
+        torch.save({"stage": "PPO", "weights": [1]}, run / "state.pt")
+    elif kind == "the state of other settings":
+        state = read_state(run)
+        state["settings"]["lr"] = 1.0
+        torch.save(state, run / "state.pt")
+    elif kind == "the state of a larger model":
+        state = read_state(run)
+        state["actor"]["lm.transformer.wte.weight"] = torch.zeros(3, 3)
+        torch.save(state, run / "state.pt")
+    elif kind == "no weights":
+        (run / "sft/model.safetensors").write_bytes(b"junk")
+    elif kind == "no heads":
+        (run / "reward_model/heads.safetensors").unlink()
+    elif kind == "no settings":
+        (run / "config.json").unlink()
+
+
+@pytest.mark.parametrize("kind", [
+    "half a state", "something else as state", "the state of other settings",
+    "the state of a larger model", "no weights", "no heads", "no settings"])
+def test_a_damaged_run_is_one_line_and_nothing_is_overwritten(run, kind, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(run, out)
+    config = (out / "config.json").read_text().replace(str(run), str(out))
+    (out / "config.json").write_text(config)
+    damage(out, kind)
+    before = snapshot(tmp_path)
+    with pytest.raises(ppo.UserError, match="damaged|not the folder of a run") as error:
+        ppo.main(["--resume", str(out)])
+    assert "\n" not in str(error.value) and str(out) in str(error.value)
+    assert snapshot(tmp_path) == before
+
+
+def test_a_run_whose_folder_was_moved_can_go_on_there(run, tmp_path):
+    out = tmp_path / "moved"
+    shutil.copytree(run, out)
+    (out / "report.json").unlink()
+    ppo.main(["--resume", str(out)])
+    same_results(run, out)
+
+
+# ---- Errors in the middle ------------------------------------------------------------------------
+def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_cycle(
+        run, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    gae, cycles = ppo.estimate_advantages, []
+
+    def explode_in_cycle_2(rollout, cfg):
+        cycles.append(1)
+        advantages, returns = gae(rollout, cfg)
+        return (advantages * NAN if len(cycles) == 2 else advantages), returns
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo, "estimate_advantages", explode_in_cycle_2)
+        with pytest.raises(ppo.UserError, match="infinite or NaN in PPO, cycle 2; try a lower"):
+            ppo.main([*TINY, "--init_from", str(run), "--save_every", "1", "--out", str(out)])
+    state = read_state(out)
+    assert state["cycle"] == 1 and all(x.isfinite().all() for x in state["actor"].values())
+    ppo.main(["--resume", str(out)])
+    same_results(run, out)
+
+
+@pytest.mark.parametrize("stage, flags", [
+    ("pretraining", ["--sft_lr", "1e30"]),
+    ("SFT", ["--sft_lr", "1e30", "--pretrain_steps", "1"]),
+    ("reward model", ["--rm_lr", "1e30"])])
+def test_a_loss_that_is_not_finite_names_the_stage_and_the_stage_is_not_saved(stage, flags,
+                                                                              tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(ppo.UserError, match=rf"infinite or NaN in {stage}, step \d;"):
+        ppo.main([*TINY, *flags, "--out", str(out)])
+    saved = {"pretraining": [], "SFT": ["pretrain"], "reward model": ["pretrain", "sft"]}
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", *saved[stage]]
+
+
+def test_a_full_disk_is_one_line_and_the_last_save_stays(run, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    save = torch.save
+
+    def full_in_cycle_2(state, path):
+        if state["cycle"] == 2:
+            Path(path).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        save(state, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full_in_cycle_2)
+        with pytest.raises(ppo.UserError, match="cannot write .*/state.pt.*No space left") as error:
+            ppo.main([*TINY, "--init_from", str(run), "--save_every", "1", "--out", str(out)])
+    assert "\n" not in str(error.value) and read_state(out)["cycle"] == 1
+    ppo.main(["--resume", str(out)])
+    same_results(run, out)
+
+
+def test_a_disk_that_is_full_when_a_stage_is_saved_leaves_no_half_model(run, tmp_path,
+                                                                        monkeypatch):
+    out = tmp_path / "run"
+
+    def full(tensors, path):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        call_at("SFT 0", lambda: patch.setattr(ppo, "save_file", full), patch)
+        with pytest.raises(ppo.UserError, match="cannot write .*/sft.*No space left"):
+            ppo.main([*TINY, "--out", str(out)])
+    assert not (out / "sft").exists() and (out / "pretrain").exists()
+    ppo.main(["--resume", str(out)])
+    same_results(run, out)
