@@ -28,15 +28,18 @@ These are the workshop's functions that it calls:
     encode, encode_prompts    turn texts into padded token ids
     optimizer_step            updates the weights once on a loss: backward pass, clip, AdamW step
     ask_score_fn              calls the reward function and checks what it returns
-    draw, share, gather, add_up    give a random batch; divide work among processes, collect it
-    steps_to_do, cycles_to_do, record_cycle    count the steps, save and resume, write metrics.csv
-    chunks, repeat_each, reseed, say    cut a list; repeat its items; seed the dice; print
+    draw                      gives a random batch of a list
+    share, gather, moments    divide work among processes; collect it; mean and variance over all
+    steps_to_do, cycles_to_do count the steps; cycles_to_do also saves and resumes
+    chunks, repeat_each       cut a list into pieces; repeat each of its items
+    reseed, say               set the random seed for one purpose; print
+Of Part II it calls evaluate, record_cycle (writes metrics.csv) and show_first_update (prints).
 
 LETTERS in the shape comments: B replies in the batch, T tokens of the longest reply, P tokens of
 the longest prompt, V words in the vocabulary. In formulas, V(s_t) is the value of a state. `mask`
 [B,T] is True on the real tokens of a reply, EOS included. A position where it is False must not
-influence any result. Log-probs and KL use natural logarithms. Ids such as S2 or N8 name the points
-of the articles that a passage explains; notes/guide.md lists them. You can read on without them.
+influence any result. Log-probs and KL use natural logarithms. A to E are the five articles. An id
+such as S2 is a point in one of them: notes/guide.md lists all. You can read on without them.
 """
 from __future__ import annotations
 
@@ -94,7 +97,7 @@ def sample_tokens(logits, temperature: float = 1.0):
     a_t ~ pi(. | s_t) = softmax(logits / temperature)
 
     The probabilities cut a line into pieces, and a random point on the line falls into one of them.
-    This needs one random number per reply; torch.multinomial draws V of them.
+    torch.multinomial does the same with V random numbers per token, and takes much longer.
     """
     probabilities = (logits.double() / temperature).softmax(dim=-1)                     # [B,V]
     cumulative = probabilities.cumsum(dim=-1)                                           # [B,V]
@@ -109,9 +112,9 @@ def generate(actor, prompt_ids, prompt_mask, max_new_tokens: int, eos_id: int, p
     """Sample one reply per prompt, token by token, until EOS or the limit (S1, L5).
 
     prompt_ids, prompt_mask: [B,P], padded on the left, so that all replies start in one column.
-    Returns reply_ids [B,T] and mask [B,T], padded on the right; T is the longest reply.
-    eos_id=-1 never stops. The cache keeps what the model computed for the earlier tokens, so each
-    pass feeds it only the newest token.
+    Returns reply_ids and mask [B,T], padded on the right, because replies grow to the right and end
+    at different times. T is the longest reply. eos_id=-1 never stops. The cache keeps what the
+    model computed for the earlier tokens, so each pass feeds it only the newest token.
     """
     ids, mask, cache = prompt_ids, prompt_mask, None
     running = torch.ones_like(prompt_mask[:, 0])  # which replies have no EOS yet       # [B]
@@ -133,7 +136,8 @@ def generate(actor, prompt_ids, prompt_mask, max_new_tokens: int, eos_id: int, p
 def token_log_probs(logits, tokens):
     """log pi(a_t | s_t) of the tokens that were drawn: logits [B,T,V], tokens [B,T] -> [B,T] (T9).
 
-    A log_softmax would give the same, and would write B*T*V numbers to use B*T of them.
+    log softmax(z)_a = z_a - logsumexp(z), for the logits z. We need only the tokens a that were
+    drawn, so we do not compute the log_softmax of the whole vocabulary.
     """
     chosen = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)                        # [B,T]
     return chosen - logits.logsumexp(dim=-1)
@@ -149,13 +153,13 @@ def token_rewards(log_probs, ref_log_probs, scores, mask, kl_coef: float):
     beta is E's k_kl, here `kl_coef`. pi is the policy that has just sampled the reply (step 6 calls
     it pi_old). Rewards are plain numbers; no gradient flows through them.
     A token costs something where pi likes it more than the reference does, and pays something back
-    where pi likes it less. The mean cost is beta * KL(pi || pi_ref), which is never negative.
+    where pi likes it less. A reply costs beta * KL(pi || pi_ref) on average, which is not negative.
     Why pay for distance? The reward model learned from replies of SFT. A policy that goes far away
-    from SFT finds nonsense that scores high (D's "hahaha", P1, P2).
+    from SFT finds nonsense that scores high, as the "hahaha" of article D (P1, P2).
 
-    The score belongs to the last token of the reply. The last column is padding for most replies,
-    and a score there is lost without an error message, because the losses ignore padding (N4).
-    The rewards of one reply add up to r_RM - beta * KL.
+    The score belongs to the last token of the reply. The last column is padding for most replies.
+    The losses ignore padding, so a score put there disappears, and no error is shown (N4).
+    The rewards of one reply add up to r_RM - beta * (its sum of log pi - log pi_ref).
     """
     kl = torch.where(mask, log_probs - ref_log_probs, 0)                                # [B,T]
     last = mask.sum(dim=1, keepdim=True) - 1  # column of the last real token           # [B,1]
@@ -169,7 +173,7 @@ def value_head(width: int) -> nn.Module:
     """The critic's network: it turns a hidden state of the language model into one number."""
     head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(),
                          nn.Linear(2 * width, 1))
-    nn.init.zeros_(head[-1].weight)  # the first values are 0, the mean of a normalised reward (N5)
+    nn.init.zeros_(head[-1].weight)  # the first values are 0, the mean score of SFT's replies (N5)
     nn.init.zeros_(head[-1].bias)
     return head
 
@@ -178,8 +182,9 @@ def state_values(head, hidden):
     """V(s_t) of every state: hidden states [B,T,width] -> [B,T].
 
     V(s_t) is the total reward that the critic still expects in state s_t. hidden[:, t] is what the
-    language model computed just before token t. The critic must not see token t itself: V(s_t) is
-    the baseline for judging that token, and a baseline that knows the token would judge nothing.
+    language model computed just before token t; E's table prints this value beside token t. The
+    critic must not see token t: V(s_t) is the baseline for judging that token. If it knew the
+    token, it would contain the token's effect, and nothing would be left to judge.
 
     `detach` stops the gradient, so the value loss trains the head and not the policy. Usual
     elsewhere: a critic with a language model of its own, at twice the price; or a linear layer
@@ -193,8 +198,9 @@ def td_residuals(rewards, values, mask, gamma: float):
     """delta_t = r_t + gamma * V(s_{t+1}) - V(s_t)        all [B,T]
 
     It is what came, plus what the critic expects now, minus what the critic expected before.
-    After the last token of a reply nothing more can come, so V(s_{t+1}) is 0 there. This is also
-    true for a reply that was cut off at the limit. The critic's output on padding must not be used.
+    After the last token of a reply nothing more can come, so V(s_{t+1}) is 0 there. A reply that
+    was cut off at the limit ends there, too: it gets its score and nothing afterwards. The critic's
+    output on padding must not be used.
     """
     values = torch.where(mask, values, 0)
     next_values = F.pad(values[:, 1:], (0, 1))  # shifted left by one column; the last one is 0
@@ -214,9 +220,9 @@ def gae(rewards, values, mask, gamma: float, lam: float):
 
     lambda = 0 gives the TD residual: little noise, but it believes the critic. lambda = 1 gives the
     rewards that really came, minus V(s_t) (Monte Carlo): no bias, but much noise. 0.95 is the usual
-    compromise (T2). Below 1, the returns contain later values of the critic too.
-    The returns use these advantages, before any whitening: whitened ones have another unit, and the
-    critic would learn a wrong target.
+    compromise (T2). Below 1, G_t = delta_t + ... + V(s_t) contains later values of the critic too.
+    The returns use these advantages as they are. If `whiten` (below) scales the advantages, that
+    comes later: the critic must learn in the unit of the rewards.
     """
     deltas = td_residuals(rewards, values, mask, gamma)                                 # [B,T]
     advantages = torch.zeros_like(deltas)
@@ -228,16 +234,9 @@ def gae(rewards, values, mask, gamma: float, lam: float):
     return advantages, returns
 
 
-def moments(x, mask) -> tuple[float, float]:
-    """Mean and variance of x [B,T] over the real tokens of all processes."""
-    count = add_up(mask.sum().item())
-    mean = add_up(torch.where(mask, x, 0).sum().item()) / count
-    variance = add_up(torch.where(mask, (x - mean) ** 2, 0).sum().item()) / count
-    return mean, variance
-
-
 def whiten(x, mask, shift_mean: bool = True):
-    """Scale x [B,T] to variance 1 over the real tokens, and to mean 0 if shift_mean (N7)."""
+    """Scale x [B,T] to variance 1 over the real tokens (N7). Advantages are shifted to mean 0, too.
+    Rewards would keep their mean: shift_mean=False."""
     mean, variance = moments(x, mask)
     white = (x - mean) / math.sqrt(variance + 1e-8)
     if not shift_mean:
@@ -263,12 +262,14 @@ def policy_loss(log_probs, old_log_probs, advantages, mask, clip_eps: float):
 
     pi_old is the policy that sampled this batch. It is not the reference: the reference never
     changes, and pi_old changes in every cycle (T5). There are four cases (T4):
-        A > 0, rho <= 1+eps   the token gets more likely       A < 0, rho >= 1-eps   less likely
-        A > 0, rho >  1+eps   far enough, the gradient is 0    A < 0, rho <  1-eps   far enough, 0
+        1. A > 0, rho <= 1+eps   the token gets more likely
+        2. A > 0, rho >  1+eps   it is far enough: the gradient is 0
+        3. A < 0, rho >= 1-eps   the token gets less likely
+        4. A < 0, rho <  1-eps   it is far enough: the gradient is 0
 
     Why the min? Suppose that A > 0 and rho < 1-eps: the token should get more likely, and it has
     become less likely. With clip alone the gradient would be 0, and this mistake would stay. The
-    min takes rho * A here, so the gradient brings the token back. The other sign is alike.
+    min takes rho * A here, so the gradient brings the token back. The same holds for A < 0.
 
     clip_fraction is the share of tokens whose gradient the clip has set to 0. The clip is a brake
     and not a wall: other tokens share the same weights and can push rho further.
@@ -277,15 +278,15 @@ def policy_loss(log_probs, old_log_probs, advantages, mask, clip_eps: float):
     unclipped = ratio * advantages
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages
     loss = -masked_mean(torch.min(unclipped, clipped), mask)
-    clip_fraction = masked_mean((clipped < unclipped).float(), mask)
-    return loss, clip_fraction
+    braked = clipped < unclipped  # min takes the clipped term: a constant, without gradient
+    return loss, masked_mean(braked.float(), mask)
 
 
 def value_loss(values, returns, mask, old_values=None, value_clip: float | None = None):
     """E's C_V = 1/2 * mean over t of (V(s_t) - G_t)^2: tensors [B,T] -> scalar (S6, L8).
 
-    Optional, off here: with value_clip, a value that has moved further than that from old_values
-    towards G_t gets no gradient. The larger of the two errors counts.
+    Some libraries clip here too (off in this script): if the new value is already more than
+    value_clip closer to G_t than the old one, it is pushed no further.
     """
     error = torch.where(mask, values - returns, 0) ** 2                                 # [B,T]
     if value_clip is not None:
@@ -306,7 +307,7 @@ def entropy(logits):
 # ---- The settings of these steps: each field is a flag, `lr` is --lr -----------------------------
 @dataclass
 class PPOConfig:
-    """What can be turned in PPO. notes/experiments.md shows what most of these do."""
+    """What can be turned in PPO. HfArg holds a flag's default and its help; cfg.lr is a number."""
 
     cycles: int = HfArg(default=60, help=(
         "How often PPO runs Phase I and Phase II. 20 are enough to see the idea. (L1)"))
@@ -360,20 +361,21 @@ class Reply(NamedTuple):
 def position_ids(mask):
     """0, 1, 2 ... for the real tokens of mask [B,L].
 
-    The library would count padding too. Then a reply would get other probabilities in a batch with
-    a longer prompt, which pads its own prompt on the left.
+    The library would count padding too. A longer prompt in the batch adds padding before this one,
+    and then this reply would get other probabilities.
     """
     return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
 
 
 class HeadedModel(nn.Module):
-    """A causal language model and a small network on top: so are the actor and the reward model."""
+    """A causal language model with a small network on top. Actor and reward model are such."""
 
     def __init__(self, lm, tokenizer=None, cfg: Config | None = None):
         super().__init__()
         # eval() for good: with dropout, ratio and KL would differ from call to call (N8).
         self.lm = lm.eval()
-        self.head = value_head(lm.get_output_embeddings().weight.shape[1])
+        width = lm.get_output_embeddings().weight.shape[1]
+        self.head = value_head(width)
         self.tokenizer = tokenizer
         self.cfg = cfg or Config()
         self.to(self.cfg.device)
@@ -397,8 +399,8 @@ class ActorCritic(HeadedModel):
         ids = torch.cat([prompt_ids, reply_ids], dim=1)                                 # [B,P+T]
         mask = torch.cat([prompt_mask, reply_mask], dim=1)                              # [B,P+T]
         positions = position_ids(mask)                                                  # [B,P+T]
-        # The output at a position predicts the next token. So the last token is not fed in, and the
-        # last T of the P+T-1 outputs belong to the states s_0 ... s_{T-1}.
+        # The output at a position predicts the next token. With P=2, T=3 the model reads
+        # p0 p1 a0 a1 and predicts p1 a0 a1 a2: we keep the last T outputs, and never feed in a2.
         out = self.lm(input_ids=ids[:, :-1], attention_mask=mask[:, :-1].long(),
                       position_ids=positions[:, :-1], logits_to_keep=T,
                       output_hidden_states=True, use_cache=False)
@@ -410,7 +412,7 @@ class ActorCritic(HeadedModel):
 
         mask covers all tokens so far. cache is None in the first call.
         """
-        positions = position_ids(mask)[:, -ids.shape[1]:]
+        positions = position_ids(mask)[:, -ids.shape[1]:]  # of the newest tokens
         out = self.lm(input_ids=ids, attention_mask=mask.long(), position_ids=positions,
                       past_key_values=cache, use_cache=True, logits_to_keep=1)
         return out.logits[:, -1].float(), out.past_key_values
@@ -424,7 +426,7 @@ class RewardModel(HeadedModel):
         ids = torch.cat([prompt_ids, reply_ids], dim=1)                                 # [B,P+T]
         mask = torch.cat([prompt_mask, reply_mask], dim=1)                              # [B,P+T]
         out = self.lm(input_ids=ids, attention_mask=mask.long(), position_ids=position_ids(mask),
-                      logits_to_keep=1, output_hidden_states=True, use_cache=False)
+                      output_hidden_states=True, use_cache=False, logits_to_keep=1)  # none needed
         last = prompt_ids.shape[1] + reply_mask.sum(dim=1) - 1  # column -1 may be padding  # [B]
         rows = torch.arange(len(last), device=last.device)
         hidden = out.hidden_states[-1][rows, last]                                      # [B,width]
@@ -441,7 +443,7 @@ class RewardModel(HeadedModel):
 
 
 def frozen(model: nn.Module) -> nn.Module:
-    """A copy that learns nothing: the reference. The rollout replaces a copy of pi_old (T5)."""
+    """A copy that learns nothing: the reference. pi_old needs no copy, only its log-probs (T5)."""
     return copy.deepcopy(model).requires_grad_(False)
 
 
@@ -450,7 +452,7 @@ def frozen(model: nn.Module) -> nn.Module:
 # ==================================================================================================
 @dataclass
 class Rollout:
-    """What Phase I collects and Phase II learns from. [B,T] tensors are 0 where mask is False."""
+    """What Phase I collects and Phase II learns from. The float tensors are 0 on padding."""
 
     replies: list[Reply]         # B replies as text
     group: torch.Tensor          # [B]    equal numbers: replies to the same prompt
@@ -475,7 +477,7 @@ class Rollout:
         for name, x in vars(self).items():
             if torch.is_tensor(x):
                 setattr(selected, name, x[index])
-        numbers = torch.arange(len(self), device=self.mask.device)[index]
+        numbers = torch.arange(len(self), device=self.mask.device)[index]  # index may be a slice
         selected.replies = [self.replies[i] for i in numbers]
         return selected
 
@@ -491,8 +493,8 @@ def sample_replies(actor, prompts: list[str], cfg) -> Rollout:
     finished = ended.any(dim=1).tolist()
     texts = tokenizer.batch_decode(reply_ids, skip_special_tokens=True)
     replies = [Reply(*fields) for fields in zip(prompts, texts, finished)]
-    numbers = {prompt: number for number, prompt in enumerate(prompts)}
-    group = torch.tensor([numbers[prompt] for prompt in prompts], device=mask.device)   # [B]
+    first_places = [prompts.index(prompt) for prompt in prompts]  # equal for equal prompts
+    group = torch.tensor(first_places, device=mask.device)                              # [B]
     return Rollout(replies, group, prompt_ids, prompt_mask, reply_ids, mask)
 
 
@@ -500,9 +502,9 @@ def read_replies(actor, rollout: Rollout, temperature: float):
     """Teacher forcing: log pi(a_t|s_t) [B,T], V(s_t) [B,T] and the logits [B,T,V].
 
     Phase I takes the old log-probs from here, and Phase II takes the new ones from here. So the
-    first ratio is 1: same weights, same code. Log-probs kept from sampling would round otherwise.
-    The temperature must be that of sampling, or these are the log-probs of another distribution
-    than the tokens were drawn from (L5).
+    first ratio is 1: same weights, same code. Log-probs saved during sampling would have slightly
+    different rounding errors. The temperature must be that of sampling. Otherwise the tokens would
+    come from one distribution and the log-probs from another (L5).
     """
     logits, values = actor(rollout.prompt_ids, rollout.prompt_mask, rollout.reply_ids, rollout.mask)
     logits = logits / temperature
@@ -542,7 +544,7 @@ def sample_and_score(actor, reference, score_fn, prompts: list[str], cfg) -> Rol
 def collect_rollout(actor, reference, score_fn, prompts: list[str], cfg) -> Rollout:
     """Phase I: one reply to each prompt, with an advantage and a return for each token (L1)."""
     rollout = sample_and_score(actor, reference, score_fn, prompts, cfg)                # Steps 1, 3
-    rollout.rewards = reward_tokens(rollout, cfg)                                       # Step 2
+    rollout.rewards = assign_rewards(rollout, cfg)                                       # Step 2
     rollout.advantages, rollout.returns = estimate_advantages(rollout, cfg)             # Steps 4, 5
     if cfg.whiten_advantages:
         rollout.advantages = whiten(rollout.advantages, rollout.mask)
@@ -551,10 +553,10 @@ def collect_rollout(actor, reference, score_fn, prompts: list[str], cfg) -> Roll
 
 # ---- Four places where algorithms differ ---------------------------------------------------------
 # To try another algorithm, change one of these functions, or assign your own to its name from
-# outside: `ppo_rlhf.estimate_advantages = mine`. Each is called in one place and sees the whole
-# rollout. The report does not use them.
+# outside: `ppo_rlhf.estimate_advantages = mine`. Each is called in one place. The first two get the
+# whole rollout, the others a minibatch of it. Report, X-ray and validation do not use them.
 
-def reward_tokens(rollout: Rollout, cfg):
+def assign_rewards(rollout: Rollout, cfg):
     """Step 2 of a rollout -> [B,T]. A price for every token would be subtracted here."""
     return token_rewards(rollout.log_probs, rollout.ref_log_probs, rollout.scores, rollout.mask,
                          cfg.kl_coef)
@@ -564,7 +566,8 @@ def estimate_advantages(rollout: Rollout, cfg):
     """Steps 4 and 5 of a rollout -> advantages and returns, both [B,T].
 
     GRPO's baseline would go here: no critic, but the mean reward of the replies to the same prompt.
-    `rollout.group` tells which these are; set --replies_per_prompt to 4 or more.
+    `rollout.group` tells which these are; set --replies_per_prompt 4. Without a critic, set
+    --vf_coef 0, and return anything as returns, such as the advantages: nothing learns from them.
     """
     return gae(rollout.rewards, rollout.values, rollout.mask, cfg.gamma, cfg.lam)
 
@@ -573,7 +576,7 @@ def actor_loss(log_probs, rollout: Rollout, cfg):
     """Step 6 for the policy: new log-probs [B,T] of a minibatch -> (loss, clip_fraction).
 
     KL in the loss would be added here: beta * masked_mean(exp(-x) - 1 + x, mask), as GRPO has it,
-    with x = log_probs - rollout.ref_log_probs. Then `reward_tokens` must leave the KL out (T6).
+    with x = log_probs - rollout.ref_log_probs. Then `assign_rewards` must leave the KL out (T6).
     x alone would not do here: its gradient is 0 on average over samples of pi.
     """
     return policy_loss(log_probs, rollout.log_probs, rollout.advantages, rollout.mask, cfg.clip_eps)
@@ -599,7 +602,8 @@ def ppo_loss(actor, rollout: Rollout, cfg):
         "value_loss": squared_error,
         "entropy": mean_entropy,
         "clip_fraction": clip_fraction,
-        # An estimate of KL(pi_old || pi) that is never negative: rho - 1 has mean 0 under pi_old.
+        # The mean of -log rho is KL(pi_old || pi). Adding rho - 1, whose mean is 0, changes nothing
+        # on average, and makes every term >= 0.
         "approx_kl": masked_mean(log_ratio.exp() - 1 - log_ratio, rollout.mask),
         "first_log_ratio": masked_mean(log_ratio.abs(), rollout.mask)}
     return loss, rollout.mask.sum(), metrics
@@ -611,7 +615,7 @@ def update_policy(actor, optimizer, rollout: Rollout, cfg) -> dict[str, float]:
     The rollout was expensive, so it is used several times. But its tokens come from the old policy.
     The ratio corrects for that, and the clip keeps the new policy near the old one (T3).
     Returns the metrics, averaged over all updates. first_log_ratio is the mean |log rho| of the
-    first minibatch, before any update. It must be below 1e-5, or the old log-probs are wrong.
+    first minibatch, before any update: in float32 below 1e-5, or the old log-probs are wrong.
     """
     history = []
     for epoch in range(cfg.ppo_epochs):
@@ -628,14 +632,14 @@ def update_policy(actor, optimizer, rollout: Rollout, cfg) -> dict[str, float]:
 
 # ---- The loop ------------------------------------------------------------------------------------
 def make_optimizer(actor, cfg):
-    """AdamW for actor and critic, with a learning rate that falls to 0 over the run.
+    """AdamW for actor and critic. Their learning rates fall to 0 over the run.
 
     The critic starts from nothing and should be ahead of the actor, so it learns ten times as fast.
     There is no weight decay: it would pull the policy towards weights of 0.
     Two constants differ from Adam's usual ones (0.999, 1e-8). Late in training most gradients are
-    small, and a rare bad reply has a large one. With 0.999 its step is up to three times as long,
-    and it damages other replies; 0.95 shortens it. With an eps of 1e-5, usual in PPO, gradients
-    that are only rounding noise move nothing. notes/trust.md has the figures.
+    small, and a rare bad reply has a large one. With 0.999, Adam then takes a step up to three
+    times as long as with 0.95, and other replies get worse. With an eps of 1e-5, usual in PPO,
+    gradients that are only rounding noise move nothing. notes/trust.md has the figures.
     """
     groups = [{"params": actor.lm.parameters(), "lr": cfg.lr},
               {"params": actor.head.parameters(), "lr": 10 * cfg.lr}]
@@ -643,15 +647,13 @@ def make_optimizer(actor, cfg):
 
 
 def draw_prompts(prompts: list[str], rng: random.Random, cfg) -> list[str]:
-    """This process's share of the prompts of one cycle, each as often as it gets replies."""
+    """The prompts of one cycle, each repeated replies_per_prompt times; this process's share."""
     drawn = rng.choices(prompts, k=cfg.batch_size // cfg.replies_per_prompt)
     return repeat_each(share(drawn), cfg.replies_per_prompt)
 
 
 def train_ppo(actor, reference, score_fn, prompts: dict[str, list[str]], cfg) -> list[dict]:
-    """PPO's loop (L1). It trains `actor` and leaves in it the weights that validated best (L6).
-
-    repeat:  draw prompts -> Phase I: sample, score, value -> Phase II: several small updates
+    """PPO's loop (L1). It trains `actor` and leaves in it the weights that `is_best` chose (L6).
 
     PPO is on-policy: the next cycle uses nothing of this batch, because old replies are replies of
     another policy. Returns the metrics, one dict per cycle: the rows of metrics.csv.
@@ -661,15 +663,14 @@ def train_ppo(actor, reference, score_fn, prompts: dict[str, list[str]], cfg) ->
     best = frozen(actor)
     log = []
     training = {"actor": actor, "best": best, "optimizer": optimizer, "schedule": schedule}
-    for cycle, rng in cycles_to_do(training, log, cfg):
+    for cycle, rng in cycles_to_do(training, log, cfg):  # a resumed run loads its state first
         start = time.perf_counter()
         asked = draw_prompts(prompts["train"], rng, cfg)
         rollout = collect_rollout(actor, reference, score_fn, asked, cfg)    # Phase I: steps 1 to 5
         metrics = update_policy(actor, optimizer, rollout, cfg)              # Phase II: step 6
         schedule.step()
-
         if cycle == 0:
-            show_first_update(rollout, best, actor, cfg)
+            show_first_update(rollout, best, actor, cfg)  # `best` is still pi_old here
         metrics["validation"] = math.nan
         if (cycle + 1) % cfg.eval_every == 0 or cycle + 1 == cfg.cycles:
             objectives = validate(actor, reference, score_fn, prompts["validation"], cfg)
@@ -692,7 +693,7 @@ def train_supervised(model, loss_fn, examples: list, batch_size: int, steps: int
                      stage: str, cfg):
     """`steps` updates of AdamW on random batches. The learning rate rises for a tenth, then falls.
 
-    loss_fn(model, batch, cfg) -> (mean loss, how many numbers it is the mean of, metrics).
+    loss_fn(model, batch, cfg) -> (mean loss, number of tokens in this mean, metrics).
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)
@@ -753,10 +754,10 @@ def label_rankings(sft, prompts: list[str], cfg, rng: random.Random, K: int = 4)
     for replies in sample_groups(sft, rng.choices(prompts, k=cfg.rankings), K, cfg):
         impressions = []
         for reply in replies:
-            gumbel = -math.log(rng.expovariate(1))
+            gumbel = -math.log(rng.expovariate(1))  # -log of an exponential variable is Gumbel
             impressions.append(judge(reply)["human"] + cfg.label_noise * gumbel)
-        order = sorted(range(K), key=impressions.__getitem__, reverse=True)
-        rankings.append([replies[i] for i in order])
+        order = sorted(zip(impressions, range(K)), reverse=True)  # best first
+        rankings.append([replies[i] for _, i in order])
     return rankings
 
 
@@ -765,10 +766,11 @@ def ranking_loss(scores):
 
     L = -mean over the K(K-1)/2 pairs i < j of log sigmoid(s_i - s_j)        (L3; InstructGPT eq. 1)
 
-    A difference of scores is the log-odds of a choice. The loss leaves open where 0 is; `normalize`
-    sets it afterwards.
+    A difference of scores is the log-odds of a choice. Adding a constant to all scores does not
+    change the loss, so `normalize` sets the zero afterwards.
     """
-    better, worse = torch.triu_indices(scores.shape[1], scores.shape[1], offset=1)      # [pairs]
+    K = scores.shape[1]
+    better, worse = torch.triu_indices(K, K, offset=1)  # all pairs i < j               # [pairs]
     return -F.logsigmoid(scores[:, better] - scores[:, worse]).mean()
 
 
@@ -803,6 +805,7 @@ def train_reward_model(sft, data: Data, cfg) -> RewardModel:
     if not rankings:
         rankings = label_rankings(sft, data.prompts["train"], cfg, rng)
     model = RewardModel(copy.deepcopy(sft.lm), sft.tokenizer, cfg)
+    same_in_all_processes(model)  # its head is new and random
     train_supervised(model, reward_model_loss, rankings, 4, cfg.rm_steps, cfg.rm_lr,
                      "reward model", cfg)
     rng = reseed(cfg, "normalization")
@@ -874,7 +877,7 @@ KINDS = {
     "off_topic": ["off_topic"],            # A spider has eight legs.
     "dismissive": ["dismissive"]}          # Nobody cares.
 # How many of 100 texts are of each kind. SFT's texts are mostly mechanical, as D tells. But the
-# best kind must occur too: PPO can only make a reply more likely that SFT sometimes gives.
+# best kind must occur too: PPO can only strengthen replies that SFT gives sometimes.
 PRETRAIN_MIX = {
     "best": 8,
     "warm": 12,
@@ -923,7 +926,8 @@ def write_texts(rng: random.Random, prompts: list[str], mix: dict[str, int], cou
     for kind in rng.choices(list(mix), mix.values(), k=count):
         prompt = rng.choice(prompts)
         known = sentences(prompt)
-        chosen = [rng.choice(known[name]) for name in rng.choice(KINDS[kind]).split()]
+        parts = rng.choice(KINDS[kind]).split()  # such as ["opener", "step"]
+        chosen = [rng.choice(known[name]) for name in parts]
         texts.append(Reply(prompt, " ".join(chosen), True))
     return texts
 
@@ -934,9 +938,9 @@ def judge(reply: Reply) -> dict[str, float]:
     helpful    2 points: a step that fits the situation; half a point: a list that fits
     warm       1 point: an opener with the user's word, or a friendly closing
     honest     1 point: the reply has the user's word and no word of another prompt
-    harmless   otherwise minus 2 points: dismissive
-    Minus 1 for repeating three words in a row, and minus 1 for a reply without an end. The best
-    reply has 4 points. Of a prompt from elsewhere this human has no opinion: NaN.
+    harmless   the reply is not dismissive; a dismissive reply loses 2 points
+    A reply loses 1 point if it repeats three words in a row, and 1 point if it does not end. The
+    best reply has 4 points. For prompts from elsewhere all is NaN: this human has no opinion.
     """
     if reply.prompt not in WORLD_PROMPTS:
         return dict.fromkeys(["helpful", "warm", "honest", "harmless", "human"], math.nan)
@@ -946,7 +950,7 @@ def judge(reply: Reply) -> dict[str, float]:
             if text.lower() in reply.text.lower():
                 said.add(name)
     word, _ = WORLD_PROMPTS[reply.prompt]
-    words = [word.strip(".,!?") for word in reply.text.split()]
+    words = [text.strip(".,!?") for text in reply.text.split()]
     triples = list(zip(words, words[1:], words[2:]))
     helpful = "step" in said
     warm = "opener" in said or "closer" in said
@@ -1045,10 +1049,10 @@ def validate(actor, reference, score_fn, prompts: list[str], cfg) -> list[float]
 
 
 def is_best(objectives: list[float], log: list[dict]) -> bool:
-    """Is no earlier policy clearly better than the one with these validation objectives?
+    """True if no earlier policy was clearly better than the one with these objectives.
 
-    A lead of less than two standard errors may be luck. Then the later policy is kept, because it
-    learned for longer. The SFT model does not take part: a bad reward can lead below it.
+    An earlier policy that is ahead by less than two standard errors may just have been lucky. Then
+    the later one is kept, because it learned for longer. The SFT model is not compared.
     """
     luck = 2 * pstdev(objectives) / math.sqrt(len(objectives))
     for earlier in log:
@@ -1059,7 +1063,7 @@ def is_best(objectives: list[float], log: list[dict]) -> bool:
 
 
 def explained_variance(rollout: Rollout) -> float:
-    """1 - Var(G - V) / Var(G) over the real tokens. 1: a perfect critic. 0: as a constant.
+    """1 - Var(G - V) / Var(G) over the real tokens. 1: perfect. 0: no better than the mean.
 
     V are the values of Phase I: what the critic said before it learned from these returns.
     """
@@ -1088,6 +1092,7 @@ def optimum(scores, log_ratios, kl_coef: float):
     that mean, divided by Z, so their mean is 1. If pi is pi*, none of them is above 2.
     """
     scores, log_ratios = scores.double(), log_ratios.double()
+    # log of (pi + pi_ref) / 2 / pi_ref = (exp(log_ratio) + 1) / 2
     log_mixture = torch.logaddexp(log_ratios, torch.zeros_like(log_ratios)) - math.log(2)
     log_terms = scores / kl_coef - log_mixture                                        # [prompts,2N]
     log_z = log_terms.logsumexp(dim=1) - math.log(scores.shape[1])                      # [prompts]
@@ -1097,6 +1102,7 @@ def optimum(scores, log_ratios, kl_coef: float):
 def standard_error(terms) -> float:
     """The error of the mean of terms [prompts,2N]: two halves, each a sample of its own."""
     policy, reference = terms.chunk(2, dim=1)                                          # [prompts,N]
+    # The mean is half of each half's mean: (1/2)^2 = 1/4 of their variances var / N.
     variance = (policy.var(dim=1) + reference.var(dim=1)) / (4 * policy.shape[1])       # [prompts]
     return (variance.sum().sqrt() / len(terms)).item()
 
@@ -1107,7 +1113,8 @@ def measure_optimum(policy, sft, log_ratios, kl_coef: float) -> dict[str, float]
     policy, sft: columns of their tables, name -> [prompts,N]. log_ratios [prompts,N]: log pi - log
     pi_ref of SFT's replies. The effective sample size of a prompt, 2N / mean(weights^2), says how
     many equal samples would be as good. If the smallest is below 10, the best replies may have been
-    missed. Then J* is only a lower bound, and no error and no fraction is given.
+    missed. Then J* is only a lower bound, and no error and no fraction is given. There is no
+    fraction either if SFT reaches J* already.
     """
     nothing = {
         "objective": math.nan,
@@ -1115,7 +1122,7 @@ def measure_optimum(policy, sft, log_ratios, kl_coef: float) -> dict[str, float]
         "fraction": math.nan,
         "fraction_error": math.nan,
         "effective_sample_size": 0.0}
-    if kl_coef == 0:  # then the best policy always says the one best reply, and no sample finds it
+    if kl_coef == 0:  # the best policy says only its one best reply; our samples would miss it
         return nothing
     scores = torch.cat([policy["reward"], sft["reward"]], dim=1)                      # [prompts,2N]
     log_ratios = torch.cat([policy["kl"], log_ratios], dim=1)                         # [prompts,2N]
@@ -1130,7 +1137,8 @@ def measure_optimum(policy, sft, log_ratios, kl_coef: float) -> dict[str, float]
     if way > 0:
         gone = (policy["objective"].mean() - sft["objective"].mean()).item()
         fraction = gone / way
-        # To first order, the fraction is a mean of these terms; so their spread gives its error.
+        # d fraction = (dJ(PPO) - (1 - fraction) * dJ(SFT) - fraction * dJ*) / way. So the error of
+        # the fraction is that of the mean of these terms. The 2: each J is a mean over one half.
         terms = torch.cat([2 * policy["objective"], -2 * (1 - fraction) * sft["objective"]], dim=1)
         terms = (terms - fraction * kl_coef * weights) / way
         result["fraction"] = fraction
@@ -1236,9 +1244,11 @@ def show_report(report: dict, tables: dict[str, list], prompts: list[str]):
     best = report["optimum"]
     if not math.isnan(best["objective"]):
         say("\nTHE OPTIMUM: the best objective that any policy can have")
-        if math.isnan(best["fraction"]):
+        if math.isnan(best["objective_error"]):
             say(f"J* = {best['objective']:.3f} or more: the best replies were too rare among the "
                 "samples to say how far PPO came")
+        elif math.isnan(best["fraction"]):
+            say(f"J* = {best['objective']:.3f}: SFT is there already")
         else:
             say(f"J* = {best['objective']:.3f} +- {best['objective_error']:.3f}\n"
                 f"of the way there from SFT, PPO went {best['fraction']:.1%} "
@@ -1267,8 +1277,8 @@ def xray(rollout: Rollout, tokenizer, cfg, row: int = 0, extra: dict | None = No
     return from step 5. `extra` holds further columns, such as the ratio of step 6. What to see:
     only tokens on which log pi and log ref differ cost KL, and the score arrives at <eos>.
 
-    The columns are always those of the article: the default arguments keep the script's own
-    functions, even if you have replaced them for training.
+    The columns are always those of the article: it calls token_rewards and gae itself. The default
+    arguments keep the script's own, even if you have replaced them for training.
     """
     r = rollout
     rewards = rewards_of(r.log_probs, r.ref_log_probs, r.scores, r.mask, cfg.kl_coef)
@@ -1342,12 +1352,12 @@ def record_cycle(log: list[dict], cycle: int, rollout: Rollout, metrics: dict, s
     write_metrics(log, cfg)
     names = [name for name in PRINTED if not math.isnan(line[name])]
     if cycle % 20 == 0:
-        say("  ".join(f"{name:>{len(format(0.0, PRINTED[name]))}}" for name in names))
+        say("  ".join(name.rjust(len(format(0.0, PRINTED[name]))) for name in names))
     say("  ".join(format(line[name], PRINTED[name]) for name in names))
 
 
 def write_metrics(log: list[dict], cfg):
-    """metrics.csv, one row per cycle. All rows are written each time: a resume doubles none."""
+    """metrics.csv, a row per cycle. It is written anew each time, so a resume doubles no row."""
     if not cfg.out or RANK > 0:
         return
     with replacing(Path(cfg.out) / "metrics.csv") as path, open(path, "w", newline="") as file:
@@ -1416,7 +1426,7 @@ def encode(model, replies: list[Reply]):
     for reply, ids in zip(replies, model.tokenizer(texts, add_special_tokens=False).input_ids):
         if reply.finished:
             ids = ids + [model.tokenizer.eos_token_id]
-        # Sampled text that ends in half a character can come back as more tokens than it was.
+        # If a sampled text ends in an incomplete character, it can come back as more tokens.
         sequences.append(ids[:model.cfg.max_new_tokens])
     prompt_ids, prompt_mask = encode_prompts(model, [reply.prompt for reply in replies])
     reply_ids, mask = pad(sequences, "right", model)
@@ -1509,7 +1519,8 @@ def shorten(lines: list[list[Reply]], model, cfg) -> list[list[Reply]]:
         for reply in replies:
             text = cut(reply.text, cfg.max_new_tokens - 1, model.tokenizer)
             shorter.append(Reply(prompt, text, text == reply.text))
-        cuts += any(a[:2] != b[:2] for a, b in zip(replies, shorter))
+        if any(not reply.finished for reply in shorter) or prompt != replies[0].prompt:
+            cuts += 1
         if len(set(shorter)) == len(shorter):  # cut replies may have become equal
             short.append(shorter)
     if cuts:
@@ -1522,7 +1533,7 @@ def split(prompts) -> dict[str, list[str]]:
     """Of every eleven prompts one is for the test, one for validation, nine are to train on (L6).
 
     There are two held-out sets, because validation chooses the policy that is kept. Measured on the
-    same prompts, the result would look too good. There is no chance in it: with the same files,
+    same prompts, the result would look too good. The split is not random: with the same files,
     --init_from cannot bring a test prompt into training. Neighbours are often alike, and this way
     every kind of prompt loses the same share.
     """
@@ -1670,7 +1681,10 @@ def ask_score_fn(score_fn, replies: list[Reply]) -> list[float]:
     """
     unique = list(dict.fromkeys(replies))
     prompts, completions, finished = zip(*unique)
-    given = {"prompts": list(prompts), "completions": list(completions), "finished": list(finished)}
+    given = {
+        "prompts": list(prompts),
+        "completions": list(completions),
+        "finished": list(finished)}
     example = unique[0].text[:50]
     with explain(f"--reward failed{WHERE[0]} on replies such as {example!r}", Exception):
         named = inspect.signature(score_fn).parameters.values()
@@ -1756,11 +1770,16 @@ for zero_is_fine in ["seed", "pretrain_steps", "sft_steps", "rm_steps", "cycles"
                      "kl_coef", "missing_eos_penalty", "vf_coef", "ent_coef"]:
     RANGES[zero_is_fine] = (0, sys.float_info.max)
 # Defaults with --model: it is pretrained already, and a large model wants smaller steps (P3).
-REAL_MODEL = {"pretrain_steps": 0, "sft_lr": 5e-5, "rm_lr": 1e-5, "lr": 1e-5}
+REAL_MODEL = {
+    "pretrain_steps": 0,
+    "sft_lr": 5e-5,
+    "rm_lr": 1e-5,
+    "lr": 1e-5}
 # What --init_from cannot change any more, because a model of that run was made with it.
-FIXED = {"sft": ["model", "n_layer", "n_embd", "n_head", "pretrain_steps", "sft_steps", "sft_lr",
-                 "demos"],
-         "reward_model": ["preferences", "rankings", "label_noise", "rm_steps", "rm_lr"]}
+FIXED = {
+    "sft": ["model", "n_layer", "n_embd", "n_head",
+            "pretrain_steps", "sft_steps", "sft_lr", "demos"],
+    "reward_model": ["preferences", "rankings", "label_noise", "rm_steps", "rm_lr"]}
 
 
 def refuse(message: str):
@@ -1856,9 +1875,11 @@ def say(text=""):
 def reseed(cfg, purpose: str) -> random.Random:
     """Seed torch and return a random stream, both for one purpose only.
 
-    They depend on the purpose and the seed, and on nothing drawn before. So a resumed run repeats a
-    cycle exactly, and a skipped stage changes nothing. Processes get the same stream and another
-    torch seed: they share their choices and sample different replies.
+    These are random: the first weights, the texts, the human's noise, the batches and prompts that
+    are drawn, the sampled tokens, the order in Phase II. All depend on the purpose (such as "PPO 7"
+    for cycle 7) and the seed, not on what was drawn before. So a resumed run repeats a cycle
+    exactly, and a skipped stage changes nothing. Processes get the same stream and another torch
+    seed: they share their choices and sample different replies.
     """
     rng = random.Random(f"{purpose} {cfg.seed}")
     torch.manual_seed(rng.getrandbits(63) + RANK)
@@ -1868,13 +1889,21 @@ def reseed(cfg, purpose: str) -> random.Random:
 # ---- Several processes: torchrun --nproc-per-node N ppo_rlhf.py (R1) -----------------------------
 # Every process holds all models. In each cycle all processes draw the same prompts, and each
 # samples, scores and values its share of them. What they exchange in a cycle:
-#     whiten            three sums: the number of tokens, their total, their squared distances
+#     moments           three sums, for explained_variance and, if it is on, for whiten
 #     optimizer_step    in each update, the gradients (summed) and the sums of loss and metrics
 #     describe          a line for each reply, for metrics.csv; at validation likewise
 #     cycles_to_do      whether Ctrl-C was pressed in one of them
 # After an update all have the same weights, because they began with the same weights and added the
 # same gradient. Only process 0 prints and writes.
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def moments(x, mask) -> tuple[float, float]:
+    """Mean and variance of x [B,T] over the real tokens of all processes."""
+    count = add_up(mask.sum().item())
+    mean = add_up(torch.where(mask, x, 0).sum().item()) / count
+    variance = add_up(torch.where(mask, (x - mean) ** 2, 0).sum().item()) / count
+    return mean, variance
 
 
 def share(items: list) -> list:
@@ -1897,7 +1926,7 @@ def add_up(number: float) -> float:
 
 
 def same_in_all_processes(model):
-    """Give every process the weights of process 0. Random weights differ at first."""
+    """Give every process the weights of process 0. Random ones differ at first. -> the model"""
     if WORLD > 1:
         for parameter in model.parameters():
             dist.broadcast(parameter.data, 0)
@@ -1990,7 +2019,7 @@ def cycles_to_do(training: dict, log: list[dict], cfg):
 
 @contextmanager
 def ctrl_c_waits():
-    """Ctrl-C waits for the end of the cycle; pressed again, it does not. -> [] until then."""
+    """The first Ctrl-C waits for the end of the cycle, the second does not. Yields [] until it."""
     pressed = []
 
     def handler(number, frame):
@@ -2085,7 +2114,7 @@ def main(argv=None):
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     logging.get_logger("huggingface_hub").setLevel("ERROR")
-    gc.freeze()  # the libraries' objects stay; to look through them for garbage takes a second
+    gc.freeze()  # otherwise garbage collection looks through all libraries, for a second
     if WORLD > 1:
         dist.init_process_group("nccl" if cfg.device.startswith("cuda") else "gloo")
     try:
@@ -2120,7 +2149,7 @@ def run_stages(cfg, start: float):
         reward_model = run_stage("reward_model", RewardModel, seconds, cfg, train_reward_model,
                                  sft, data)
         score_fn = frozen(reward_model).score
-    reference, policy = frozen(sft), sft
+    reference, policy = frozen(sft), sft  # PPO trains sft in place; the reference is its copy
     quality = reward_model_quality(score_fn, reference, data, cfg)
     log = train_ppo(policy, reference, score_fn, data.prompts, cfg)
     save_model(policy, Path(cfg.out) / "policy")

@@ -1597,7 +1597,7 @@ def loss_with_kl(estimate):
 
 @pytest.mark.parametrize("estimate", [k1, k3])
 def test_kl_can_be_in_the_loss_instead_of_the_reward(run, tmp_path, monkeypatch, estimate):
-    swaps = {"reward_tokens": rewards_without_kl, "actor_loss": loss_with_kl(estimate)}
+    swaps = {"assign_rewards": rewards_without_kl, "actor_loss": loss_with_kl(estimate)}
     rollouts = run_with(swaps, run, tmp_path / "run", monkeypatch, *ONE_UPDATE, "--kl_coef", "2",
                         "--lr", "0.01")
     kls = []
@@ -1623,7 +1623,7 @@ def rewards_less_price(rollout, cfg):
 def test_a_price_per_token_lowers_the_reward_by_price_times_length(run, tmp_path, monkeypatch,
                                                                    capsys):
     """Training sees the price. Metrics, validation, report and X-ray do not."""
-    swaps = {"reward_tokens": rewards_less_price}
+    swaps = {"assign_rewards": rewards_less_price}
     rollouts = run_with(swaps, run, tmp_path / "run", monkeypatch)
     for rollout, row in zip(rollouts, read_metrics(tmp_path / "run")):
         length = rollout.mask.sum(dim=1)
@@ -1651,7 +1651,7 @@ def must_not_be_called(*args, **options):
 
 
 def test_evaluation_report_and_xray_do_not_use_the_swap_points(run, tmp_path, monkeypatch, world):
-    for name in ["reward_tokens", "estimate_advantages", "actor_loss", "critic_loss", "whiten",
+    for name in ["assign_rewards", "estimate_advantages", "actor_loss", "critic_loss", "whiten",
                  "token_rewards", "gae", "policy_loss", "value_loss"]:
         monkeypatch.setattr(ppo, name, must_not_be_called)
     flags = ["--whiten_advantages", "true", "--cycles", "0"]

@@ -28,7 +28,7 @@ import ppo_rlhf as ppo
 BASE = []  # flags of every run, from the command line
 TEXT = Path(__file__).with_suffix(".md")
 # The script's own functions, for solutions that take their place and call them.
-generate, sample_tokens, reward_tokens = ppo.generate, ppo.sample_tokens, ppo.reward_tokens
+generate, sample_tokens, assign_rewards = ppo.generate, ppo.sample_tokens, ppo.assign_rewards
 
 
 # ==================================================================================================
@@ -247,7 +247,7 @@ def score_in_the_last_column(rollout, cfg):
 def exercise_10():
     rows = {
         "right": train(),
-        "score in the last column": train(reward_tokens=score_in_the_last_column)}
+        "score in the last column": train(assign_rewards=score_in_the_last_column)}
     return table("human, reward, kl, way, reply_length", rows)
 
 
@@ -506,7 +506,7 @@ def exercise_20():
 
 
 def with_token_price(rollout, cfg, price=0.1):
-    rewards = reward_tokens(rollout, cfg)
+    rewards = assign_rewards(rollout, cfg)
     return torch.where(rollout.mask, rewards - price, 0)
 
 
@@ -516,7 +516,7 @@ def exercise_21():
     rows["price 0"] = train()
     for price in [0.1, 0.5]:
         priced = partial(with_token_price, price=price)
-        rows[f"price {price}"] = train(reward_tokens=priced)
+        rows[f"price {price}"] = train(assign_rewards=priced)
     for label, seen in rows.items():
         print(f"    {label}:", seen["replies"][0])
     return table("reply_length, human, reward, kl, helpful, warm", rows)

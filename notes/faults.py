@@ -4,9 +4,10 @@
     python notes/faults.py kill --times 3         # one experiment: kill, disk, folder, reward, hang or processes
     python notes/faults.py --seed 1               # other random moments
 
-PASS means: the fault ends as promised (one line on stderr and exit code 2, or what the line says), within seconds, and
-after it was mended `--resume` ends like a run that was never disturbed: the same metrics.csv (but for the seconds), the
-same weights, byte for byte. Needs Linux or macOS; the full disk needs the right to mount a tmpfs, else it is skipped.
+PASS means: the fault ends as promised (one line on stderr and exit code 2, or what the line says), within seconds.
+After it was mended, `--resume` ends like a run that was never disturbed: the same metrics.csv apart from the seconds,
+and the same weights, byte for byte. A stage before PPO that was interrupted is repeated from its beginning; PPO goes on
+where it was last saved. Needs Linux or macOS; the full disk needs the right to mount a tmpfs, else it is skipped.
 """
 import argparse
 import csv
@@ -22,19 +23,20 @@ from pathlib import Path
 
 SCRIPT = Path(__file__).resolve().parent.parent / "ppo_rlhf.py"
 TINY = ("--n_layer 1 --n_embd 32 --n_head 2 --pretrain_steps 30 --sft_steps 30 --rm_steps 30 --rankings 40 --cycles 12 "
-        "--batch_size 8 --max_new_tokens 12 --eval_every 3 --optimum_samples 8 --save_every 1 --device cpu").split()
+        "--batch_size 8 --max_new_tokens 12 --eval_every 3 --report_replies 8 --save_every 2 --device cpu").split()
 TORCHRUN = ("-m torch.distributed.run --nproc-per-node=2 --master-port=0 --rdzv-backend=c10d "
             "--rdzv-endpoint=localhost:0").split()
 LIMIT = 120  # seconds after which a process counts as hanging
+# The 20th call is in the 4th cycle of PPO: one call tries the function, 14 measure it against the human.
 REWARD = """
 import time
 calls = 0
-def score(prompts, replies, finished):
+def score(completions):
     global calls
     calls += 1
-    if calls == 9:
+    if calls == 20:
         {fault}
-    return [len(reply) / 10 for reply in replies]
+    return [len(text) / 10 for text in completions]
 """
 
 
@@ -175,20 +177,20 @@ def folder(folder, options):
 
 
 def reward(folder, options):
-    """A reward function that fails, at once or after a while; mended, the run goes on."""
+    """A reward function that fails, at once or after a while. When it is mended, the run goes on."""
     (folder / "my.py").write_text(REWARD.format(fault="pass"))
     reference, mended = folder / "reference", (folder / "my.py").read_text()
     flags = [*TINY, "--reward", f"{folder}/my.py:score"]
     run(*flags, "--out", reference)
-    faults = {"raises an error": "replies[0][1000]", "returns NaN": "return [float('nan')] * len(replies)",
-              "returns too few scores": "return [1.0]", "returns a word": "return ['good'] * len(replies)"}
+    faults = {"raises an error": "completions[0][1000]", "returns NaN": "return [float('nan')] * len(completions)",
+              "returns too few scores": "return [1.0]", "returns a word": "return ['good'] * len(completions)"}
     for name, fault in faults.items():
         for when in "at once", "in the middle":
             text = REWARD.format(fault=fault)
             out = folder / name / when
-            (folder / "my.py").write_text(text.replace("calls == 9", "True") if when == "at once" else text)
+            (folder / "my.py").write_text(text.replace("calls == 20", "True") if when == "at once" else text)
             if fault == "return [1.0]" and when == "at once":  # one reply gets one score: right, until there are more
-                (folder / "my.py").write_text(text.replace("calls == 9", "True").replace("[1.0]", "[]"))
+                (folder / "my.py").write_text(text.replace("calls == 20", "True").replace("[1.0]", "[]"))
             wrong = one_line(end(start(*flags, "--out", out)))
             (folder / "my.py").write_text(mended)
             if when == "at once":
@@ -199,12 +201,27 @@ def reward(folder, options):
             yield f"reward function {name}, {when}", wrong
 
 
+def stopped(result, out):
+    """"" if a process ended as it should after Ctrl-C, else what was wrong."""
+    code, shown, errors = result
+    fine = code == 130 and f"--resume {out}" in shown and errors == ""
+    return "" if fine else f"exit code {code}, stdout: {shown[-100:]!r}, stderr: {errors[-200:]!r}"
+
+
 def hang(folder, options):
-    """A reward function that never returns: Ctrl-C once waits for it, twice does not."""
+    """Ctrl-C: at once before PPO; in PPO it waits for a reward function that never returns, pressed twice it does not.
+    """
     mended, marker, out = REWARD.format(fault="pass"), folder / "hangs", folder / "run"
     (folder / "my.py").write_text(mended)
     flags = [*TINY, "--reward", f"{folder}/my.py:score"]
     run(*flags, "--out", folder / "reference")
+    process = start(*flags, "--sft_steps", 3000, "--out", folder / "early")
+    wait_for(folder / "early" / "pretrain", process)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    wrong = stopped(end(process), folder / "early")
+    yield "Ctrl-C in SFT: ends with 130 and says how to go on", wrong or "SFT was finished" * (
+        folder / "early" / "sft").exists()
     (folder / "my.py").write_text(REWARD.format(fault=f"open({str(marker)!r}, 'w'); time.sleep(1000)"))
     process = start(*flags, "--out", out)
     wait_for(marker, process)
@@ -212,13 +229,10 @@ def hang(folder, options):
     time.sleep(3)
     yield "hanging reward function, Ctrl-C once: waits", "" if process.poll() is None else "it ended"
     process.send_signal(signal.SIGINT)
-    code, shown, errors = end(process)
-    fine = code == 130 and f"--resume {out}" in shown and errors == ""
-    wrong = "" if fine else f"exit code {code}, stdout: {shown[-100:]!r}, stderr: {errors[-200:]!r}"
-    yield "Ctrl-C twice: ends with 130 and says how to go on", wrong
+    yield "Ctrl-C twice: ends with 130 and says how to go on", stopped(end(process), out)
     (folder / "my.py").write_text(mended)
     run("--resume", out)
-    yield "and goes on when the function is mended", differs(out, folder / "reference")
+    yield "when the function is mended, the run goes on", differs(out, folder / "reference")
 
 
 def processes(folder, options):

@@ -1,4 +1,4 @@
-"""The default run with many seeds: how much of the optimum, how good in the human's eyes, at what KL.
+"""The default run with many seeds: how much of the optimum it reaches, how good its replies are for the human, its KL.
 
     python notes/seeds.py                           # seeds 0 to 19, about a minute each on two cores
     python notes/seeds.py --seeds 5 --jobs 2        # fewer; two at a time, each on one thread
@@ -7,6 +7,7 @@ Runs that --folder holds already are not repeated. Prints the tables of notes/tr
 """
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -15,9 +16,11 @@ from pathlib import Path
 from statistics import median
 
 SCRIPT = Path(__file__).parent.parent / "ppo_rlhf.py"
-COLUMNS = {"fraction": ("optimum", "fraction"), "effective samples": ("optimum", "effective_sample_size"),
-           **{name: ("ppo", name) for name in ("helpful", "warm", "honest", "harmless", "human", "kl")},
-           "SFT's human": ("sft", "human"), "reward model's accuracy": ("reward_model", "accuracy")}
+COLUMNS = {  # of the table: where report.json has it. `effective samples` is that of the worst prompt
+    "fraction": ("optimum", "fraction"), "its error": ("optimum", "fraction_error"),
+    "effective samples": ("optimum", "effective_sample_size"),
+    **{name: ("ppo", name) for name in ("helpful", "warm", "honest", "harmless", "human", "kl")},
+    "SFT's human": ("sft", "human"), "reward model's accuracy": ("reward_model", "accuracy")}
 
 
 def run(seed: int, folder: Path, threads: int) -> dict:
@@ -40,7 +43,10 @@ def main():
     with ThreadPoolExecutor(args.jobs) as pool:
         threads = max(os.cpu_count() // args.jobs, 1)
         reports = list(pool.map(lambda seed: run(seed, args.folder, threads), range(args.seeds)))
-    table = {name: [report[part][key] for report in reports] for name, (part, key) in COLUMNS.items()}
+    table = {}
+    for name, (part, key) in COLUMNS.items():
+        numbers = [report[part][key] for report in reports]
+        table[name] = [math.nan if x is None else x for x in numbers]  # no fraction: too few effective samples
     print("| seed | " + " | ".join(table) + " |\n|---" + "|---" * len(table) + "|")
     for seed, row in enumerate(zip(*table.values())):
         print(f"| {seed} | " + " | ".join(f"{x:#.3g}" for x in row) + " |")

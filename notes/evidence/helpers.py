@@ -1,11 +1,15 @@
 """Small functions for more than one file of tests."""
 import copy
 import json
+import os
 
 import torch
 
 import ppo_rlhf as ppo
 from test_ppo_rlhf import read_metrics
+
+# The environment of a program that a test starts: two threads would wait for each other.
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
 
 # Ten lines that can be the file of --prompts, --demos and --preferences.
 TEN = [{"prompt": f"Question {i}?\n", "completion": "Yes.", "chosen": "Good.", "rejected": "Bad."}

@@ -175,6 +175,13 @@ def test_no_text_is_longer_than_its_room_and_a_cut_reply_has_no_eos(world):
     assert finished == {True, False}
 
 
+def test_a_very_long_prompt_keeps_its_end_and_a_very_long_reply_its_beginning(world):
+    text = " ".join(str(i) for i in range(20_000))
+    [[reply]] = ppo.shorten([[ppo.Reply(text, text, True)]], world[1], small_config())
+    assert reply.prompt.endswith(" 19998 19999") and reply.text.startswith("0 1 2 ")
+    assert len(world[0](reply.prompt).input_ids) > 200
+
+
 def test_replies_that_became_equal_are_no_ranking_any_more(world):
     same = [ppo.Reply("Hi\n", "very " * 40 + end, True) for end in ("good", "bad")]
     different = [ppo.Reply("Hi\n", end + " very" * 40, True) for end in ("good", "bad")]

@@ -1,6 +1,5 @@
 """Several processes (torchrun): two compute what one computes (R1)."""
 import json
-import os
 import runpy
 import subprocess
 import sys
@@ -9,12 +8,13 @@ import pytest
 import torch
 
 import ppo_rlhf as ppo
+from helpers import ONE_THREAD
 from test_ppo_rlhf import HERE, TINY, read_metrics, slow, small_config
 
 
 def launch(*command):
     """Run a script in two processes, and return what it printed."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+    environment = ONE_THREAD | {"PYTHONPATH": str(HERE)}
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d",
                 "--rdzv-endpoint=localhost:0"]
     done = subprocess.run([sys.executable, *torchrun, *map(str, command)], capture_output=True,
@@ -104,8 +104,6 @@ def test_all_processes_begin_with_the_same_weights(workers):
     assert all(torch.equal(a, b) for a, b in zip(first["fresh"], second["fresh"]))
 
 
-@pytest.mark.xfail(strict=True, reason="train_reward_model makes a new head and does not share it: "
-                   "each process has its own reward model. Mended? Then take this mark away.")
 def test_all_processes_have_the_same_reward_model(workers):
     """Its head is new, and random in each process at first."""
     one, first, second = workers
@@ -180,12 +178,12 @@ import torch, torch.distributed as dist
 import ppo_rlhf as ppo
 
 flags = sys.argv[1:]
-reward_tokens, reseed = ppo.reward_tokens, ppo.reseed
+assign_rewards, reseed = ppo.assign_rewards, ppo.reseed
 sums, groups = [], []
 
 def with_price(rollout, cfg):
     """Every token costs 0.02."""
-    return reward_tokens(rollout, cfg) - 0.02 * rollout.mask
+    return assign_rewards(rollout, cfg) - 0.02 * rollout.mask
 
 def group_baseline(rollout, cfg):
     """GRPO: the reward of the reply less the mean of the replies to the same prompt."""
@@ -206,7 +204,7 @@ def press_ctrl_c_in_process_1(cfg, purpose):
         signal.raise_signal(signal.SIGINT)
     return reseed(cfg, purpose)
 
-ppo.reward_tokens, ppo.estimate_advantages = with_price, group_baseline
+ppo.assign_rewards, ppo.estimate_advantages = with_price, group_baseline
 if "--resume" in flags:
     ppo.main(flags)
     assert groups == [4] and sums[0] > 0  # the last cycle

@@ -116,8 +116,8 @@ def test_a_classifier_with_its_own_tokenizer_is_a_reward(world, labels, tmp_path
     model.save_pretrained(tmp_path / "judge")
     tokenizer.save_pretrained(tmp_path / "judge")
     score_fn = ppo.load_reward(small_config("--reward", str(tmp_path / "judge")))
-    replies = [ppo.Reply("I feel sad.\n", "Call a friend.", True), ppo.Reply("Hello\n", "No.", True),
-               ppo.Reply("Hello " * 99 + "\n", "No.", True)]
+    replies = [ppo.Reply(prompt, text, True) for prompt, text in [
+        ("I feel sad.\n", "Call a friend."), ("Hello\n", "No."), ("Hello " * 99 + "\n", "No.")]]
     expected = []
     for reply in replies:
         ids = tokenizer(reply.prompt + reply.text).input_ids[-64:]
@@ -276,8 +276,11 @@ def test_copies_of_a_bfloat16_model_compute_in_bfloat16_too(world, rollout):
         assert torch.equal(again, log_probs) and torch.equal(values_again, values)
     reward_model = ppo.RewardModel(copy.deepcopy(actor.lm), actor.tokenizer, small_config())
     assert type(reward_model.lm) is type(actor.lm)
-    exact, _ = ppo.read_without_gradient(world[1], rollout, small_config())
-    assert not torch.equal(exact, log_probs)  # and the model that was copied first is as before
+    with torch.no_grad():  # a copy has weights of its own
+        model.lm.get_output_embeddings().weight.mul_(2)
+    assert not torch.equal(ppo.read_without_gradient(model, rollout, small_config())[0], log_probs)
+    again, _ = ppo.read_without_gradient(actor, rollout, small_config())
+    assert torch.equal(again, log_probs)
 
 
 def test_a_saved_bfloat16_model_is_an_ordinary_one(world, tmp_path):

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import ppo_rlhf as ppo
-from helpers import same_results, snapshot
+from helpers import ONE_THREAD, same_results, snapshot
 from test_ppo_rlhf import HERE, NAN, TINY, read_metrics, slow, small_config
 
 
@@ -220,7 +220,7 @@ def test_ctrl_c_on_the_command_line_exits_with_130_and_the_command_to_go_on(run,
         flags += ["--pretrain_steps", "100000"]
         wait_for = out / "config.json"
     process = subprocess.Popen([sys.executable, HERE / "ppo_rlhf.py", *flags], text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                               env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while not wait_for.exists() and process.poll() is None:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
