@@ -33,7 +33,7 @@ These are the workshop's functions that it calls:
     steps_to_do, cycles_to_do count the steps; cycles_to_do also saves and resumes
     chunks, repeat_each       cut a list into pieces; repeat each of its items
     reseed, say               set the random seed for one purpose; print
-Of Part II it calls evaluate, record_cycle (writes metrics.csv) and show_first_update (prints).
+Of Part II it calls judge (the human), mean, validate, is_best and what prints and writes metrics.
 
 LETTERS in the shape comments: B replies in the batch, T tokens of the longest reply, P tokens of
 the longest prompt, V words in the vocabulary. In formulas, V(s_t) is the value of a state. `mask`
@@ -173,7 +173,7 @@ def value_head(width: int) -> nn.Module:
     """The critic's network: it turns a hidden state of the language model into one number."""
     head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(),
                          nn.Linear(2 * width, 1))
-    nn.init.zeros_(head[-1].weight)  # the first values are 0, the mean score of SFT's replies (N5)
+    nn.init.zeros_(head[-1].weight)  # first values 0: `normalize` gives SFT's replies that mean (N5)
     nn.init.zeros_(head[-1].bias)
     return head
 
@@ -202,7 +202,7 @@ def td_residuals(rewards, values, mask, gamma: float):
     was cut off at the limit ends there, too: it gets its score and nothing afterwards. The critic's
     output on padding must not be used.
     """
-    values = torch.where(mask, values, 0)
+    values = torch.where(mask, values, 0)  # so V(s_{t+1}) is 0 after the last token
     next_values = F.pad(values[:, 1:], (0, 1))  # shifted left by one column; the last one is 0
     return torch.where(mask, rewards + gamma * next_values - values, 0)
 
@@ -220,7 +220,7 @@ def gae(rewards, values, mask, gamma: float, lam: float):
 
     lambda = 0 gives the TD residual: little noise, but it believes the critic. lambda = 1 gives the
     rewards that really came, minus V(s_t) (Monte Carlo): no bias, but much noise. 0.95 is the usual
-    compromise (T2). Below 1, G_t = delta_t + ... + V(s_t) contains later values of the critic too.
+    compromise (T2). If lambda is below 1, the return also contains V of later states.
     The returns use these advantages as they are. If `whiten` (below) scales the advantages, that
     comes later: the critic must learn in the unit of the rewards.
     """
@@ -236,7 +236,7 @@ def gae(rewards, values, mask, gamma: float, lam: float):
 
 def whiten(x, mask, shift_mean: bool = True):
     """Scale x [B,T] to variance 1 over the real tokens (N7). Advantages are shifted to mean 0, too.
-    Rewards would keep their mean: shift_mean=False."""
+    For rewards use shift_mean=False; this script does not whiten them."""
     mean, variance = moments(x, mask)
     white = (x - mean) / math.sqrt(variance + 1e-8)
     if not shift_mean:
@@ -250,7 +250,7 @@ def whiten(x, mask, shift_mean: bool = True):
 # The entropy is subtracted: we minimise the loss, and we want the entropy to stay large.
 
 def masked_mean(x, mask):
-    """Mean of x [B,T] over the real tokens (T8). `x * mask` would not do, for 0 * NaN is NaN."""
+    """Mean of x [B,T] over the real tokens (T8). `x * mask` is not enough: 0 * NaN is NaN."""
     return torch.where(mask, x, 0).sum() / mask.sum()
 
 
@@ -278,15 +278,15 @@ def policy_loss(log_probs, old_log_probs, advantages, mask, clip_eps: float):
     unclipped = ratio * advantages
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages
     loss = -masked_mean(torch.min(unclipped, clipped), mask)
-    braked = clipped < unclipped  # min takes the clipped term: a constant, without gradient
+    braked = clipped < unclipped  # min takes the clipped term; there clamp is constant
     return loss, masked_mean(braked.float(), mask)
 
 
 def value_loss(values, returns, mask, old_values=None, value_clip: float | None = None):
     """E's C_V = 1/2 * mean over t of (V(s_t) - G_t)^2: tensors [B,T] -> scalar (S6, L8).
 
-    Some libraries clip here too (off in this script): if the new value is already more than
-    value_clip closer to G_t than the old one, it is pushed no further.
+    Some libraries clip here too (off in this script): if V has already moved by more than
+    value_clip from its old value towards G_t, its gradient is 0.
     """
     error = torch.where(mask, values - returns, 0) ** 2                                 # [B,T]
     if value_clip is not None:
@@ -361,8 +361,8 @@ class Reply(NamedTuple):
 def position_ids(mask):
     """0, 1, 2 ... for the real tokens of mask [B,L].
 
-    The library would count padding too. A longer prompt in the batch adds padding before this one,
-    and then this reply would get other probabilities.
+    The library would count padding too. Then a reply would get other probabilities in a batch with
+    a longer prompt, because there is more padding in front of it.
     """
     return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
 
@@ -372,9 +372,9 @@ class HeadedModel(nn.Module):
 
     def __init__(self, lm, tokenizer=None, cfg: Config | None = None):
         super().__init__()
-        # eval() for good: with dropout, ratio and KL would differ from call to call (N8).
+        # eval() always, also in training: with dropout, ratio and KL would be noise (N8).
         self.lm = lm.eval()
-        width = lm.get_output_embeddings().weight.shape[1]
+        width = lm.get_output_embeddings().weight.shape[1]  # of the hidden states
         self.head = value_head(width)
         self.tokenizer = tokenizer
         self.cfg = cfg or Config()
@@ -426,7 +426,7 @@ class RewardModel(HeadedModel):
         ids = torch.cat([prompt_ids, reply_ids], dim=1)                                 # [B,P+T]
         mask = torch.cat([prompt_mask, reply_mask], dim=1)                              # [B,P+T]
         out = self.lm(input_ids=ids, attention_mask=mask.long(), position_ids=position_ids(mask),
-                      output_hidden_states=True, use_cache=False, logits_to_keep=1)  # none needed
+                      output_hidden_states=True, use_cache=False, logits_to_keep=1)  # 0 means all
         last = prompt_ids.shape[1] + reply_mask.sum(dim=1) - 1  # column -1 may be padding  # [B]
         rows = torch.arange(len(last), device=last.device)
         hidden = out.hidden_states[-1][rows, last]                                      # [B,width]
@@ -523,17 +523,14 @@ def read_without_gradient(actor, rollout: Rollout, cfg):
 
 
 def score_replies(score_fn, replies: list[Reply], cfg):
-    """r_RM of each reply -> [B]. Without the penalty, an endless reply would cost nothing (N3)."""
+    """r_RM of each reply -> [B], minus a penalty if it has no EOS and was cut off (N3)."""
     scores = torch.tensor(ask_score_fn(score_fn, replies))                              # [B]
     unfinished = torch.tensor([not reply.finished for reply in replies])                # [B]
     return scores - cfg.missing_eos_penalty * unfinished
 
 
 def sample_and_score(actor, reference, score_fn, prompts: list[str], cfg) -> Rollout:
-    """Replies, their log-probs, values and scores: what training and evaluation both need.
-
-    Step 3 comes before step 2, because one pass gives both log-probs and values.
-    """
+    """What training and evaluation both need. One pass gives both log-probs and values."""
     rollout = sample_replies(actor, prompts, cfg)                                       # Step 1
     rollout.log_probs, rollout.values = read_without_gradient(actor, rollout, cfg)      # Step 3
     rollout.ref_log_probs, _ = read_without_gradient(reference, rollout, cfg)
@@ -544,7 +541,7 @@ def sample_and_score(actor, reference, score_fn, prompts: list[str], cfg) -> Rol
 def collect_rollout(actor, reference, score_fn, prompts: list[str], cfg) -> Rollout:
     """Phase I: one reply to each prompt, with an advantage and a return for each token (L1)."""
     rollout = sample_and_score(actor, reference, score_fn, prompts, cfg)                # Steps 1, 3
-    rollout.rewards = assign_rewards(rollout, cfg)                                       # Step 2
+    rollout.rewards = assign_rewards(rollout, cfg)                                      # Step 2
     rollout.advantages, rollout.returns = estimate_advantages(rollout, cfg)             # Steps 4, 5
     if cfg.whiten_advantages:
         rollout.advantages = whiten(rollout.advantages, rollout.mask)
@@ -567,7 +564,7 @@ def estimate_advantages(rollout: Rollout, cfg):
 
     GRPO's baseline would go here: no critic, but the mean reward of the replies to the same prompt.
     `rollout.group` tells which these are; set --replies_per_prompt 4. Without a critic, set
-    --vf_coef 0, and return anything as returns, such as the advantages: nothing learns from them.
+    --vf_coef 0, and return the advantages in place of the returns: nothing learns from them.
     """
     return gae(rollout.rewards, rollout.values, rollout.mask, cfg.gamma, cfg.lam)
 
@@ -576,8 +573,8 @@ def actor_loss(log_probs, rollout: Rollout, cfg):
     """Step 6 for the policy: new log-probs [B,T] of a minibatch -> (loss, clip_fraction).
 
     KL in the loss would be added here: beta * masked_mean(exp(-x) - 1 + x, mask), as GRPO has it,
-    with x = log_probs - rollout.ref_log_probs. Then `assign_rewards` must leave the KL out (T6).
-    x alone would not do here: its gradient is 0 on average over samples of pi.
+    with x = log_probs - rollout.ref_log_probs. x alone would teach nothing: E_pi[grad log pi] = 0.
+    Then `assign_rewards` must leave the KL out: it passes 0 in place of cfg.kl_coef (T6).
     """
     return policy_loss(log_probs, rollout.log_probs, rollout.advantages, rollout.mask, cfg.clip_eps)
 
@@ -591,19 +588,19 @@ def critic_loss(values, rollout: Rollout, cfg):
 def ppo_loss(actor, rollout: Rollout, cfg):
     """The loss of a minibatch, L = C_clip + c_V * C_V - c_ent * H -> loss, tokens, metrics."""
     log_probs, values, logits = read_replies(actor, rollout, cfg.temperature)
-    surrogate_loss, clip_fraction = actor_loss(log_probs, rollout, cfg)                 # C_clip
-    squared_error = critic_loss(values, rollout, cfg)                                   # C_V
+    pg_loss, clip_fraction = actor_loss(log_probs, rollout, cfg)                 # C_clip
+    v_loss = critic_loss(values, rollout, cfg)                                   # C_V
     mean_entropy = masked_mean(entropy(logits), rollout.mask)                           # H
-    loss = surrogate_loss + cfg.vf_coef * squared_error - cfg.ent_coef * mean_entropy
+    loss = pg_loss + cfg.vf_coef * v_loss - cfg.ent_coef * mean_entropy
 
     log_ratio = torch.where(rollout.mask, log_probs - rollout.log_probs, 0).detach()    # log rho_t
     metrics = {
-        "policy_loss": surrogate_loss,
-        "value_loss": squared_error,
+        "policy_loss": pg_loss,
+        "value_loss": v_loss,
         "entropy": mean_entropy,
         "clip_fraction": clip_fraction,
-        # The mean of -log rho is KL(pi_old || pi). Adding rho - 1, whose mean is 0, changes nothing
-        # on average, and makes every term >= 0.
+        # The mean of -log rho is KL(pi_old || pi). The mean of rho - 1 is 0 under pi_old, so it may
+        # be added, and x - 1 >= log x makes every term >= 0.
         "approx_kl": masked_mean(log_ratio.exp() - 1 - log_ratio, rollout.mask),
         "first_log_ratio": masked_mean(log_ratio.abs(), rollout.mask)}
     return loss, rollout.mask.sum(), metrics
@@ -635,11 +632,11 @@ def make_optimizer(actor, cfg):
     """AdamW for actor and critic. Their learning rates fall to 0 over the run.
 
     The critic starts from nothing and should be ahead of the actor, so it learns ten times as fast.
-    There is no weight decay: it would pull the policy towards weights of 0.
+    There is no weight decay, which would pull all weights towards 0.
     Two constants differ from Adam's usual ones (0.999, 1e-8). Late in training most gradients are
-    small, and a rare bad reply has a large one. With 0.999, Adam then takes a step up to three
-    times as long as with 0.95, and other replies get worse. With an eps of 1e-5, usual in PPO,
-    gradients that are only rounding noise move nothing. notes/trust.md has the figures.
+    small, and a rare bad reply has a large one. With 0.999, Adam's mean of squared gradients reacts
+    so slowly that this step is up to three times as long as with 0.95, and other replies get worse.
+    With eps 1e-5, usual in PPO, rounding noise moves nothing. notes/trust.md has the figures.
     """
     groups = [{"params": actor.lm.parameters(), "lr": cfg.lr},
               {"params": actor.head.parameters(), "lr": 10 * cfg.lr}]
@@ -659,7 +656,8 @@ def train_ppo(actor, reference, score_fn, prompts: dict[str, list[str]], cfg) ->
     another policy. Returns the metrics, one dict per cycle: the rows of metrics.csv.
     """
     optimizer = make_optimizer(actor, cfg)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, max(cfg.cycles, 1))
+    schedule = torch.optim.lr_scheduler.LinearLR(
+        optimizer, start_factor=1.0, end_factor=0.0, total_iters=max(cfg.cycles, 1))
     best = frozen(actor)
     log = []
     training = {"actor": actor, "best": best, "optimizer": optimizer, "schedule": schedule}
@@ -670,7 +668,7 @@ def train_ppo(actor, reference, score_fn, prompts: dict[str, list[str]], cfg) ->
         metrics = update_policy(actor, optimizer, rollout, cfg)              # Phase II: step 6
         schedule.step()
         if cycle == 0:
-            show_first_update(rollout, best, actor, cfg)  # `best` is still pi_old here
+            show_first_update(rollout, best, actor, cfg)  # `best` is still the SFT policy
         metrics["validation"] = math.nan
         if (cycle + 1) % cfg.eval_every == 0 or cycle + 1 == cfg.cycles:
             objectives = validate(actor, reference, score_fn, prompts["validation"], cfg)
@@ -721,7 +719,7 @@ def imitation_loss(actor, replies: list[Reply], cfg):
 
 
 def pretrain(actor, texts: list[Reply], cfg) -> ActorCritic:
-    """Stage 0 stands in for GPT-2's pretraining. The model gets fluent and learns no manners."""
+    """Stage 0 stands in for GPT-2's pretraining: the model learns to write, not to be polite."""
     return train_supervised(actor, imitation_loss, texts, 16, cfg.pretrain_steps, cfg.sft_lr,
                             "pretraining", cfg)
 
@@ -766,8 +764,8 @@ def ranking_loss(scores):
 
     L = -mean over the K(K-1)/2 pairs i < j of log sigmoid(s_i - s_j)        (L3; InstructGPT eq. 1)
 
-    A difference of scores is the log-odds of a choice. Adding a constant to all scores does not
-    change the loss, so `normalize` sets the zero afterwards.
+    sigmoid(s_i - s_j) is the model's probability of preferring i. Adding a constant to all scores
+    does not change the loss, so `normalize` sets the zero afterwards.
     """
     K = scores.shape[1]
     better, worse = torch.triu_indices(K, K, offset=1)  # all pairs i < j               # [pairs]
@@ -1083,7 +1081,7 @@ def optimum(scores, log_ratios, kl_coef: float):
     So we need no training to know the optimum, only an estimate of Z. Replies of the reference
     alone give a bad one: the best replies are rare among them, and carry most of the sum. So half
     of the replies come from the trained policy. The density they were drawn from is the mean of
-    both, and each counts accordingly (the balance heuristic of multiple importance sampling):
+    both, and each is divided by it (the balance heuristic of multiple importance sampling):
 
     Z = mean over all samples of pi_ref / ((pi + pi_ref) / 2) * exp(r / beta)
 
@@ -1102,7 +1100,7 @@ def optimum(scores, log_ratios, kl_coef: float):
 def standard_error(terms) -> float:
     """The error of the mean of terms [prompts,2N]: two halves, each a sample of its own."""
     policy, reference = terms.chunk(2, dim=1)                                          # [prompts,N]
-    # The mean is half of each half's mean: (1/2)^2 = 1/4 of their variances var / N.
+    # mean = (mean of policy + mean of reference) / 2, so its variance is (var + var) / (4 * N)
     variance = (policy.var(dim=1) + reference.var(dim=1)) / (4 * policy.shape[1])       # [prompts]
     return (variance.sum().sqrt() / len(terms)).item()
 
@@ -1132,6 +1130,7 @@ def measure_optimum(policy, sft, log_ratios, kl_coef: float) -> dict[str, float]
     if size < 10:
         return result
 
+    # J* = beta * log Z, and d log Z = dZ / Z: the terms of Z / Z are the weights.
     result["objective_error"] = standard_error(kl_coef * weights)
     way = result["objective"] - sft["objective"].mean().item()
     if way > 0:
@@ -1257,8 +1256,8 @@ def show_report(report: dict, tables: dict[str, list], prompts: list[str]):
     for i in range(2, len(prompts), 5):
         say(f"\n  user        {one_line(prompts[i])}")
         for name, table in tables.items():
-            first_reply = table[i * len(table) // len(prompts)]["reply"]
-            say(f"  {name:10}  {one_line(first_reply)}")
+            N = len(table) // len(prompts)
+            say(f"  {name:10}  {one_line(table[i * N]['reply'])}")
     seconds = [f"{name} {x:.1f}" for name, x in report["seconds"].items()]
     say("\nSECONDS: " + ", ".join(seconds))
 
@@ -1721,7 +1720,7 @@ class Config(PPOConfig):
     max_grad_norm: float = HfArg(default=1.0, help=(
         "A gradient that is longer than this is shortened to it, 0.5 to 1. In all stages."))
     eval_every: int = HfArg(default=10, help=(
-        "Validate after this many cycles. The best policy is kept. (L6)"))
+        "Validate after this many cycles, and keep the best policy so far. (L6)"))
     save_every: int = HfArg(default=10, help=(
         "Save after this many cycles of PPO, for --resume."))
     resume: str = HfArg(default="", help=(
@@ -1764,7 +1763,7 @@ class Config(PPOConfig):
         "Replies of each model to each test prompt in the report. More: a more exact report."))
 
 
-# What a number may be, where "above 0" is not right.
+# Most numbers must be above 0. These are the exceptions, with their lowest and highest value.
 RANGES = {"gamma": (0, 1), "lam": (0, 1)}
 for zero_is_fine in ["seed", "pretrain_steps", "sft_steps", "rm_steps", "cycles", "label_noise",
                      "kl_coef", "missing_eos_penalty", "vf_coef", "ent_coef"]:

@@ -102,16 +102,14 @@ class Playback:
     """An actor that says given tokens [B,T], so that our own `generate` decides what of them is the reply."""
 
     def __init__(self, tokens):
-        self.tokens, self.step = tokens, 0
+        self.tokens = tokens
 
-    def read(self, ids, mask, positions, keep, past_key_values, use_cache):
-        spoken, self.step = self.tokens[:, self.step, None, None], self.step + 1
-        logits = torch.full((len(ids), 1, self.tokens.max() + 1), -torch.inf)
-        return Names(logits=logits.scatter(-1, spoken, 0.0), past_key_values=self)
-
-    def reorder_cache(self, rows):
-        """What `generate` asks of a cache when replies have ended."""
-        self.tokens = self.tokens[rows]
+    def next_token(self, ids, mask, cache):
+        """The cache is only the number of tokens so far."""
+        step = cache or 0
+        spoken = self.tokens[:, step:step + 1]                            # [B,1]
+        logits = torch.full((len(ids), self.tokens.max() + 1), -torch.inf)  # [B,V]
+        return logits.scatter(-1, spoken, 0.0), step + 1
 
 
 def our_reply(spoken, pad=PAD):
@@ -168,10 +166,12 @@ def phase_one(c):
     yield "mask of real tokens", ~p.padding_mask, mask
 
     finished = ((reply_ids == EOS) & mask).any(dim=1).tolist()
-    rows = [ppo.Row(str(i), "", done) for i, done in enumerate(finished)]
-    scores = ppo.rate(lambda *texts: c.scores.tolist(), rows, c.args["missing_eos_penalty"] or 0.0)
-    scores = torch.tensor(scores, dtype=c.scores.dtype)
-    yield "scores, less the penalty without EOS", p.scores, scores
+    replies = [ppo.Reply(str(i), "", done) for i, done in enumerate(finished)]
+    penalty = Names(missing_eos_penalty=c.args["missing_eos_penalty"] or 0.0)
+    torch.set_default_dtype(c.scores.dtype)  # of the tensor that score_replies makes
+    scores = ppo.score_replies(lambda prompts: c.scores.tolist(), replies, penalty)
+    torch.set_default_dtype(torch.float32)
+    yield "scores minus the penalty without EOS", p.scores, scores
     rewards = ppo.token_rewards(c.log_probs, c.ref_log_probs, scores, mask, beta)
     longer_rewards = ppo.token_rewards(p.logprobs, p.ref_logprobs, scores, longer, beta)
     yield "token rewards, added up per reply", p.rewards.sum(dim=1), rewards.sum(dim=1)
@@ -192,9 +192,9 @@ def phase_one(c):
     yield "whitened rewards", white, ppo.whiten(rewards, mask, shift_mean=False), unbiased
 
     k = execute(PER_REPLY, p)
-    zero, log_probs, ref_log_probs = (torch.where(mask, x, 0) for x in (mask, c.log_probs, c.ref_log_probs))
-    rollout = ppo.Rollout(rows, None, None, reply_ids, mask, scores, log_probs, ref_log_probs, zero, zero, zero, zero)
-    ours = ppo.means(ppo.describe([rollout], beta))
+    log_probs, ref_log_probs = (torch.where(mask, x, 0) for x in (c.log_probs, c.ref_log_probs))
+    rollout = ppo.Rollout(replies, None, None, None, reply_ids, mask, log_probs, None, ref_log_probs, scores)
+    ours = ppo.column_means(ppo.describe([rollout], beta))
     yield "KL of a reply, mean", k.mean_kl, torch.tensor(ours["kl"], dtype=torch.double)
     yield "score - beta * KL, mean", k.rlhf_reward, torch.tensor(ours["objective"], dtype=torch.double)
     return p, reply_ids, mask
@@ -215,7 +215,8 @@ def phase_two(c, p, reply_ids, mask):
 
     def read(temperature):
         outputs = c.logits[:, c.P - 1:-1], c.new_values[:, c.P - 1:-1]
-        return ppo.read_replies(lambda *batch: outputs, (None, None, reply_ids, mask), temperature)
+        rollout = Names(prompt_ids=None, prompt_mask=None, reply_ids=reply_ids, mask=mask)
+        return ppo.read_replies(lambda *batch: outputs, rollout, temperature)
 
     plain, (log_probs, values, logits) = read(c.loss.temperature)[0], read(c.loss.temperature + EPSILON)
     yield "log-probs", *(torch.where(mask, x, 0) for x in (m.new_logprobs, plain, log_probs))
@@ -384,9 +385,17 @@ def small_examples():
 
 # ---- Part 3: a real PPOTrainer beside our models ---------------------------------------------------------------------
 WORDS = {"<pad>": PAD, "<eos>": EOS, "<unk>": 2} | {f"w{i}": i for i in range(3, 24)}
-CFG = ppo.Config(device="cpu", kl_coef=0.05, missing_eos_penalty=1.0, value_clip=0.2, vf_coef=0.1, max_grad_norm=1e9,
-                 ppo_epochs=1, minibatches=1, whiten_advantages=True, lam=1.0)
+CFG = ppo.Config(device="cpu", kl_coef=0.05, missing_eos_penalty=1.0, vf_coef=0.1, max_grad_norm=1e9, ppo_epochs=1,
+                 minibatches=1, whiten_advantages=True, lam=1.0)
 FOLDER = tempfile.TemporaryDirectory()  # TRL wants one
+
+
+def clipped_critic_loss(values, rollout, cfg):
+    """TRL always clips the values; ours does so only when asked."""
+    return ppo.value_loss(values, rollout.returns, rollout.mask, rollout.values, value_clip=0.2)
+
+
+ppo.critic_loss = clipped_critic_loss
 
 
 def make_tokenizer():
@@ -456,10 +465,10 @@ def our_rollout(t):
     """The trainer's rollout as ours."""
     prompt_mask, mask = t.queries != PAD, ~t.padding_mask
     finished = ((t.responses == EOS) & mask).any(dim=1).tolist()
-    rows = [ppo.Row(str(i), "", done) for i, done in enumerate(finished)]
+    replies = [ppo.Reply(str(i), "", done) for i, done in enumerate(finished)]
     log_probs, ref_log_probs, values = (torch.where(mask, x, 0) for x in (t.logprobs, t.ref_logprobs, t.values))
-    return ppo.Rollout(rows, t.queries, prompt_mask, t.responses, mask, t.scores, log_probs, ref_log_probs, values,
-                       t.rewards, t.advantages, t.returns)
+    return ppo.Rollout(replies, torch.arange(len(mask)), t.queries, prompt_mask, t.responses, mask, log_probs, values,
+                       ref_log_probs, t.scores, t.rewards, t.advantages, t.returns)
 
 
 def our_steps(rollout, lr: float = 0.0, updates: int = 1, **changes):
@@ -470,6 +479,12 @@ def our_steps(rollout, lr: float = 0.0, updates: int = 1, **changes):
     cfg = copy.copy(CFG)
     vars(cfg).update(changes)
     return [ppo.update_policy(actor, optimizer, rollout, cfg) for _ in range(updates)], steps, actor
+
+
+def log_ratio(actor, rollout):
+    """log pi - log pi_old of the actor as it is now, [B,T]."""
+    log_probs, _ = ppo.read_without_gradient(actor, rollout, CFG)
+    return log_probs - rollout.log_probs
 
 
 def agree(what: str, a, b):
@@ -483,17 +498,19 @@ def real_trainer():
           f"{'SAME':64} largest difference")
     (t,), steps = trained(lr=0.03, num_ppo_epochs=3)
     rollout = our_rollout(t)
-    mask, batch = rollout.mask, rollout.batch
+    mask = rollout.mask
     actor, reference, judge = our_models()
-    (log_probs, values), (ref_log_probs, _) = (ppo.read_all(model, batch, CFG) for model in (actor, reference))
+    log_probs, values = ppo.read_without_gradient(actor, rollout, CFG)
+    ref_log_probs, _ = ppo.read_without_gradient(reference, rollout, CFG)
     with torch.no_grad():
-        scores = torch.tensor(ppo.rate(lambda *texts: judge(*batch).tolist(), rollout.rows, CFG.missing_eos_penalty))
+        judged = judge(rollout.prompt_ids, rollout.prompt_mask, rollout.reply_ids, mask).tolist()
+    scores = ppo.score_replies(lambda prompts: judged, rollout.replies, CFG)
     rewards = ppo.token_rewards(log_probs, ref_log_probs, scores, mask, CFG.kl_coef)
     advantages, returns = ppo.gae(rewards, values, mask, CFG.gamma, CFG.lam)
     agree("log pi of the sampled tokens (TRL: from the sampling loop)", rollout.log_probs, log_probs)
     agree("log pi_ref", rollout.ref_log_probs, ref_log_probs)
     agree("V(s_t)", rollout.values, values)
-    agree("scores, less the penalty", t.scores, scores)
+    agree("scores minus the penalty", t.scores, scores)
     agree("returns, gamma = lambda = 1", torch.where(mask, t.returns, 0), returns)
     with UNBIASED:
         agree("whitened advantages, ours with n - 1", t.advantages, ppo.whiten(advantages, mask))
@@ -501,12 +518,12 @@ def real_trainer():
     for i, (a, b) in enumerate(zip(steps, our_gradients)):
         clipped = metrics[i]["clip_fraction"]
         agree(f"gradient, all {len(b[0]):,} weights of the policy, epoch {i + 1} ({clipped:.0%} clipped)", a[0], b[0])
-    rho = ppo.ratio(our_steps(rollout, lr=0.03, updates=2)[2], rollout, CFG)
+    log_rho = log_ratio(our_steps(rollout, lr=0.03, updates=2)[2], rollout)
     agree("approximate KL, epoch 3, as TRL's: (log rho)^2 / 2, padding too", t.approxkl_stats[2, 0, 0],
-          (rho.log() ** 2).mean() / 2)
+          (log_rho ** 2).mean() / 2)
     agree("the same, as ours: rho - 1 - log rho, real tokens", torch.tensor(metrics[2]["approx_kl"]),
-          ppo.masked_mean(rho - 1 - rho.log(), mask))
-    lengths, ended = mask.sum(dim=1), sum(row.finished for row in rollout.rows)
+          ppo.masked_mean(log_rho.exp() - 1 - log_rho, mask))
+    lengths, ended = mask.sum(dim=1), sum(reply.finished for reply in rollout.replies)
     print(f"    (16 replies of {lengths.min()} to {lengths.max()} tokens, {mask.float().mean():.0%} of the positions; "
           f"{ended} ended with EOS)")
 
@@ -552,9 +569,9 @@ def first_ratio_in_bfloat16():
         reply_ids, mask = our_reply(texts[:, 5:])
         logits = theirs.forward(actor.lm, texts, PAD).logits[:, 4:-1] / (CFG.temperature + EPSILON)
         old, new = (theirs.selective_log_softmax(x, reply_ids) for x in (scores, logits))
-        batch = queries, queries != PAD, reply_ids, mask
-        our_old, (our_new, *_) = ppo.read_all(actor, batch, CFG)[0], ppo.read_replies(
-            actor, [x[::2] for x in batch], CFG.temperature)  # a minibatch of every other reply
+        rollout = ppo.Rollout([ppo.Reply("", "", True)] * len(queries), None, queries, queries != PAD, reply_ids, mask)
+        our_old, _ = ppo.read_without_gradient(actor, rollout, CFG)
+        our_new, _, _ = ppo.read_replies(actor, rollout[::2], CFG.temperature)  # a minibatch of every other reply
     change = (new - old)[mask].abs(), (our_new - our_old[::2])[mask[::2]].abs()
     show("weights in bfloat16: |log rho| before any step, mean | largest",
          *(f"{x.mean():.1e} | {x.max():.0e}" for x in change), change[0].mean() > 1e-3 > change[1].mean())
@@ -562,17 +579,19 @@ def first_ratio_in_bfloat16():
 
 # ---- Part 4: the defaults, and main ----------------------------------------------------------------------------------
 DEFAULTS = {  # TRL's name -> ours
-    "kl_coef": "kl_coef", "gamma": "gamma", "lam": "lam", "cliprange": "clip_eps", "cliprange_value": "value_clip",
-    "vf_coef": "vf_coef", "num_ppo_epochs": "ppo_epochs", "num_mini_batches": "minibatches",
-    "temperature": "temperature", "missing_eos_penalty": "missing_eos_penalty", "whiten_rewards": "whiten_rewards",
-    "response_length": "max_new_tokens", "learning_rate": "lr", "max_grad_norm": "max_grad_norm"}
+    "kl_coef": "kl_coef", "gamma": "gamma", "lam": "lam", "cliprange": "clip_eps", "vf_coef": "vf_coef",
+    "num_ppo_epochs": "ppo_epochs", "num_mini_batches": "minibatches", "temperature": "temperature",
+    "missing_eos_penalty": "missing_eos_penalty", "response_length": "max_new_tokens", "learning_rate": "lr",
+    "max_grad_norm": "max_grad_norm"}
 
 
 def defaults():
     trl_has, ours = ({field.name: field.default for field in fields(kind)} for kind in (theirs.PPOConfig, ppo.Config))
     print(f"\n\nPART 4: defaults\n\n{'TRL':35}ours")
     rows = [(name, trl_has[name], our_name, ours[our_name]) for name, our_name in DEFAULTS.items()]
-    rows += [("advantages whitened", "always", "whiten_advantages", ours["whiten_advantages"]),
+    rows += [("cliprange_value", trl_has["cliprange_value"], "values clipped", "never"),
+             ("whiten_rewards", trl_has["whiten_rewards"], "rewards whitened", "never"),
+             ("advantages whitened", "always", "whiten_advantages", ours["whiten_advantages"]),
              ("stop_token", trl_has["stop_token"], "a reply ends with EOS", "always"),
              ("entropy in the loss", "never", "ent_coef", ours["ent_coef"])]
     for name, default, our_name, our_default in rows:

@@ -19,7 +19,7 @@ def launch(*command):
                 "--rdzv-endpoint=localhost:0"]
     done = subprocess.run([sys.executable, *torchrun, *map(str, command)], capture_output=True,
                           text=True, env=environment, timeout=180)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-9000:]
     return done.stdout
 
 
