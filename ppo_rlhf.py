@@ -170,10 +170,10 @@ def token_rewards(log_probs, ref_log_probs, scores, mask, kl_coef: float):
 
 # ---- Step 3: the critic values every state (S3) --------------------------------------------------
 def value_head(width: int) -> nn.Module:
-    """The critic's network: it turns a hidden state of the language model into one number."""
+    """A small network: hidden state -> one number. Critic and reward model each have one."""
     head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(),
                          nn.Linear(2 * width, 1))
-    nn.init.zeros_(head[-1].weight)  # first values 0: `normalize` gives SFT's replies that mean (N5)
+    nn.init.zeros_(head[-1].weight)  # first values 0: the mean of normalised scores, section 4 (N5)
     nn.init.zeros_(head[-1].bias)
     return head
 
@@ -183,8 +183,8 @@ def state_values(head, hidden):
 
     V(s_t) is the total reward that the critic still expects in state s_t. hidden[:, t] is what the
     language model computed just before token t; E's table prints this value beside token t. The
-    critic must not see token t: V(s_t) is the baseline for judging that token. If it knew the
-    token, it would contain the token's effect, and nothing would be left to judge.
+    critic must not see token t: V(s_t) is the baseline for judging that token. If the critic saw
+    it, V would already include its effect, and A_t could not show it.
 
     `detach` stops the gradient, so the value loss trains the head and not the policy. Usual
     elsewhere: a critic with a language model of its own, at twice the price; or a linear layer
@@ -617,13 +617,13 @@ def update_policy(actor, optimizer, rollout: Rollout, cfg) -> dict[str, float]:
     history = []
     for epoch in range(cfg.ppo_epochs):
         order = torch.randperm(len(rollout), device=rollout.mask.device)
-        for index in order.chunk(cfg.minibatches):
+        for index in order.chunk(cfg.minibatches):  # that many pieces
             metrics = optimizer_step(actor, optimizer, ppo_loss, rollout[index], cfg)
             history.append(metrics)
     metrics = column_means(history)
     metrics["first_log_ratio"] = history[0]["first_log_ratio"]
     metrics["lr"] = optimizer.param_groups[0]["lr"]
-    metrics["explained_variance"] = explained_variance(rollout)
+    metrics["explained_variance"] = explained_variance(rollout)  # of Phase I's values
     return metrics
 
 
@@ -635,8 +635,8 @@ def make_optimizer(actor, cfg):
     There is no weight decay, which would pull all weights towards 0.
     Two constants differ from Adam's usual ones (0.999, 1e-8). Late in training most gradients are
     small, and a rare bad reply has a large one. With 0.999, Adam's mean of squared gradients reacts
-    so slowly that this step is up to three times as long as with 0.95, and other replies get worse.
-    With eps 1e-5, usual in PPO, rounding noise moves nothing. notes/trust.md has the figures.
+    so slowly that this step is up to three learning rates long, and other replies get worse. With
+    eps 1e-5, usual in PPO, rounding noise moves nothing. notes/trust.md has the figures.
     """
     groups = [{"params": actor.lm.parameters(), "lr": cfg.lr},
               {"params": actor.head.parameters(), "lr": 10 * cfg.lr}]
@@ -1876,7 +1876,7 @@ def reseed(cfg, purpose: str) -> random.Random:
 
     These are random: the first weights, the texts, the human's noise, the batches and prompts that
     are drawn, the sampled tokens, the order in Phase II. All depend on the purpose (such as "PPO 7"
-    for cycle 7) and the seed, not on what was drawn before. So a resumed run repeats a cycle
+    for cycle 8) and the seed, not on what was drawn before. So a resumed run repeats a cycle
     exactly, and a skipped stage changes nothing. Processes get the same stream and another torch
     seed: they share their choices and sample different replies.
     """

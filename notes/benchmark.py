@@ -13,13 +13,12 @@ the policy's size, 4 epochs of 2 minibatches, float32, no dropout, temperature 1
                reward model and the same tokens again. As always, 64 replies at a time are read (--micro_batch_size).
     bare       the same passes over random tokens: T cached forward calls in place of sampling, one forward call each
                of actor, reference and reward model, forward and backward of the cross entropy and a step of AdamW for
-               each update, as there in `fast_products`. No mask, no critic, no choice of tokens, no PPO.
+               each update. No mask, no critic, no choice of tokens, no PPO.
     products   the floating-point operations of the matrix products below, over the rate at which this machine
-               multiplies large square matrices: the best of many tries, with the same number of threads, in
-               `fast_products`. Without it, on an AMD processor with AVX-512, the rate is half of that: last column.
+               multiplies large square matrices by torch: the best of many tries, with the same number of threads.
     peer       any program that takes --n_layer --n_embd --n_head --vocab --batch_size --reply_tokens --cycles --threads
-               and prints "... seconds per cycle" for this workload. TRL 1.12's PPOTrainer, say; its critic is a second
-               model of the policy's size, ours a small head on the actor.
+               and prints "... seconds per cycle" for this workload, for example one that runs TRL 1.12's PPOTrainer.
+               TRL's critic is a second model of the policy's size; ours is a small head on the actor.
 
 THE OPERATIONS: a multiplication and an addition are two. One text of n tokens, through L layers of width d, with logits
 over V tokens at its last k positions, costs
@@ -67,7 +66,7 @@ SIZES = {"tiny": {"n_layer": 2, "n_embd": 128, "n_head": 4, "vocab": 80},
          "small": {"n_layer": 6, "n_embd": 384, "n_head": 6, "vocab": 2048},
          "gpt2": {"n_layer": 12, "n_embd": 768, "n_head": 12, "vocab": 50257}}
 # What is measured in the script: function -> (phase, calls per cycle)
-PHASES = {"sample_replies": ("sampling", 1), "read_all": ("reading", 2), "rate": ("scoring", 1),
+PHASES = {"sample_replies": ("sampling", 1), "read_without_gradient": ("reading", 2), "score_replies": ("scoring", 1),
           "update_policy": ("update", 1)}
 
 
@@ -93,13 +92,6 @@ def matrix_rate() -> float:
         torch.mm(a, b)
         rates.append(2 * n ** 3 / (time.perf_counter() - start))
     return max(rates)
-
-
-def matrix_rates() -> dict[str, float]:
-    """That rate for torch as it comes, and in `fast_products`, which is the same but on AMD's AVX-512."""
-    plain = matrix_rate()
-    with ppo.fast_products():
-        return {"plain_rate": plain, "rate": max(plain, matrix_rate())}
 
 
 # ---- What runs in a process of its own -------------------------------------------------------------------------------
@@ -151,7 +143,7 @@ def our_cycles(size: dict, B: int, T: int, cycles: int, count: bool = False) -> 
 
 
 def bare_cycles(size: dict, B: int, T: int, cycles: int) -> dict[str, float]:
-    """Seconds of the same passes made of bare calls, whole and by phase; and this machine's rates of products."""
+    """Seconds of the same passes made of bare calls, whole and by phase; and this machine's rate of products."""
     actor, reference, reward_model = (make_lm("sdpa", **size) for _ in range(3))
     optimizer = torch.optim.AdamW(actor.parameters(), lr=1e-5, fused=True)
     ids, micro, log = torch.randint(size["vocab"], (B, PROMPT + T)), ppo.Config().micro_batch_size, []
@@ -169,15 +161,14 @@ def bare_cycles(size: dict, B: int, T: int, cycles: int) -> dict[str, float]:
             times.append(time.perf_counter())
         for minibatch in ids.chunk(2) * 4:
             optimizer.zero_grad()
-            with ppo.fast_products():
-                for part in minibatch.split(micro):
-                    logits = actor(part[:, :-1], use_cache=False, logits_to_keep=T).logits
-                    F.cross_entropy(logits.flatten(0, 1), part[:, PROMPT:].flatten()).backward()
+            for part in minibatch.split(micro):
+                logits = actor(part[:, :-1], use_cache=False, logits_to_keep=T).logits
+                F.cross_entropy(logits.flatten(0, 1), part[:, PROMPT:].flatten()).backward()
             optimizer.step()
         times.append(time.perf_counter())
         log.append([after - before for before, after in zip(times, times[1:])] + [times[-1] - times[0]])
     phases = [phase for phase, _ in PHASES.values()]
-    return dict(zip([*phases, "whole"], map(median, zip(*log[1:])))) | matrix_rates()
+    return dict(zip([*phases, "whole"], map(median, zip(*log[1:])))) | {"rate": matrix_rate()}
 
 
 KINDS = {"ours": our_cycles, "bare": bare_cycles, "count": partial(our_cycles, count=True)}
@@ -233,7 +224,6 @@ def main():
     args = parser.parse_args()
     if args.worker:
         kind, *what = json.loads(args.worker)
-        ppo.tune_process()  # as the script does; for the bare calls too
         return print("RESULT", json.dumps(KINDS[kind](*what)))
 
     kinds, details = ["ours", "bare"] + ["peer"] * bool(args.peer), []
@@ -241,7 +231,7 @@ def main():
     print(f"torch {torch.__version__}, threads: {args.threads}, load at the start: {os.getloadavg()[0]:.1f} "
           "(above 0.5, do not trust the times). Seconds per cycle, and GB at the peak.\n")
     header("model", "T", "B", *kinds, "products", *(f"{a} / {b}" for a, b in ratios), *(f"GB {kind}" for kind in kinds),
-           "GFLOP/s of products", "without fast_products")
+           "GFLOP/s of products")
     for name, T, B in product(args.sizes, args.reply_tokens, args.batch_sizes):
         size, work = SIZES[name], operations(SIZES[name], B, T)
         work["whole"] = sum(work.values())
@@ -251,10 +241,10 @@ def main():
         for _, kind in product(range(args.turns), kinds):
             turns[kind].append(measure(kind, size, B, T, args))
         seconds = {kind: [turn["whole"] for turn in turns[kind]] for kind in kinds}
-        rate, plain_rate = (max(turn[name] for turn in turns["bare"]) for name in ("rate", "plain_rate"))
+        rate = max(turn["rate"] for turn in turns["bare"])
         seconds["products"] = [work["whole"] / rate] * args.turns
         row(name, T, B, *(median(x) for x in seconds.values()), *(over(seconds[a], seconds[b]) for a, b in ratios),
-            *(max(turn["memory"] for turn in turns[kind]) for kind in kinds), rate / 1e9, plain_rate / 1e9)
+            *(max(turn["memory"] for turn in turns[kind]) for kind in kinds), rate / 1e9)
         counted = measure("count", size, 2, T, args)  # proportional to B
         for phase in work:
             ours, bare = (median(turn[phase] for turn in turns[kind]) for kind in ("ours", "bare"))

@@ -91,7 +91,7 @@ def ratio_to_reference(log_probs, rollout, cfg):
     return own.policy_loss(log_probs, rollout.ref_log_probs, rollout.advantages, rollout.mask, cfg.clip_eps)
 
 
-# ---- assign_rewards and actor_loss: KL in the loss and not in the reward (T6) -----------------------------------------
+# ---- assign_rewards and actor_loss: KL in the loss and not in the reward (T6) ----------------------------------------
 def score_only(rollout, cfg):
     """r_T = r_RM, nothing else."""
     return own.token_rewards(rollout.log_probs, rollout.ref_log_probs, rollout.scores, rollout.mask, kl_coef=0.0)
@@ -136,7 +136,7 @@ def keep_the_latest(objectives, log):
     return True
 
 
-# ---- assign_rewards and critic_loss: whitened rewards (N7), clipped values (S6) ---------------------------------------
+# ---- assign_rewards and critic_loss: whitened rewards (N7), clipped values (S6) --------------------------------------
 def white_rewards(rollout, cfg):
     """Token rewards with variance 1. They keep their mean."""
     return own.whiten(own.assign_rewards(rollout, cfg), rollout.mask, shift_mean=False)
@@ -459,8 +459,11 @@ expect    psi_reward_to_go noise < psi_whole_reply; psi_lambda_1 noise < psi_rew
 note      Measured on the gradients themselves: 32 batches of one policy, after 3 cycles of PPO. Both are in units of
           the true gradient's squared length. psi_lambda_1 is reward-to-go minus the critic's value.""")
 topic("reinforce", "T1", "Vanilla policy gradient", {
-    "vanilla_whole_reply": v(VANILLA, estimate_advantages=whole_reply), "vanilla_reward_to_go": v(VANILLA, estimate_advantages=reward_to_go),
-    "vanilla_baseline": v(VANILLA), "ppo_whole_reply": v(estimate_advantages=whole_reply), "ppo_reward_to_go": v(estimate_advantages=reward_to_go)}, """
+    "vanilla_whole_reply": v(VANILLA, estimate_advantages=whole_reply),
+    "vanilla_reward_to_go": v(VANILLA, estimate_advantages=reward_to_go),
+    "vanilla_baseline": v(VANILLA),
+    "ppo_whole_reply": v(estimate_advantages=whole_reply),
+    "ppo_reward_to_go": v(estimate_advantages=reward_to_go)}, """
 claim     C: it learns better with reward-to-go, better still with a baseline, and needs more data than PPO. D's
           pseudo-code takes the whole reply's reward as the advantage, without a critic.
 measures  fraction early human kl collapsed
@@ -554,7 +557,8 @@ expect    reward_human human > default
 note      The rule is the human itself, so nothing is lost between the two; beta counts in its points.""")
 topic("replies", "L5, T1", "Replies per prompt, temperature", {
     "replies_4": v("--replies_per_prompt 4"), "replies_8": v("--replies_per_prompt 8"),
-    "group_baseline": v("--replies_per_prompt 4", estimate_advantages=group_baseline), "temperature_1": v("--temperature 1")}, """
+    "group_baseline": v("--replies_per_prompt 4", estimate_advantages=group_baseline),
+    "temperature_1": v("--temperature 1")}, """
 claim     D: four replies per prompt, temperature 0.7. C: simpler algorithms, such as GRPO, have become alternatives.
 measures  fraction early human kl
 expect    replies_4 fraction = default; replies_8 fraction = default; group_baseline fraction = replies_4;
@@ -570,6 +574,9 @@ VARIANTS = {name: variant for topic in TOPICS.values() for name, variant in topi
 VARIANTS["value_clip"] = v(critic_loss=clipped_values)  # to try out; the page has no claim about it
 # The base runs train PPO too: its replies make the estimate of J* exact, and all variants are measured by that J*.
 VARIANTS["base"] = v("--cycles 30 --report_replies 512")
+for name, (_, swap) in VARIANTS.items():
+    if unknown := swap.keys() - vars(ppo).keys():  # else the variant would be the default, without a word
+        sys.exit(f"error: {name} replaces {', '.join(unknown)}, which ppo_rlhf.py does not have")
 
 
 # ======================================================================================================================
@@ -850,13 +857,13 @@ may still hold for large ones.
 
 """
 # After new runs, say here of which version of the script they are. Then `write`.
-VERSION = """All figures on this page are of the versions before the redesign of the script (November 24 and older).
-No run has been repeated since. In these versions J* was estimated from 2,000 replies of the SFT model alone. This
-estimate is coarser than the present one, which takes half of the replies from the trained policy, and it errs on the
-low side. So a fraction on this page may be a little too high, by the same amount in all variants of a seed; the
-differences hardly depend on it. The runs are also older than one change of PPO itself: its Adam had the usual constants
-(0.9, 0.999; 1e-8), not the present ones (0.9, 0.95; 1e-5), which make long steps rarer. [trust.md](trust.md) compares
-the two."""
+VERSION = """All figures on this page are of the versions before the redesign of the script (November 24
+and older). No run has been repeated since. In these versions J* was estimated from 2,000 replies of the SFT model
+alone. This estimate is coarser than the present one, which takes half of the replies from the trained policy, and it
+errs on the low side. So a fraction on this page may be a little too high, by the same share in all variants of a seed;
+the differences between variants hardly depend on it. The runs are also older than one change of PPO itself: its Adam
+had the usual constants (0.9, 0.999; 1e-8), not the present ones (0.9, 0.95; 1e-5), which make long steps rarer.
+[trust.md](trust.md) compares the two."""
 SIGNS = {"<": "below", ">": "above", "=": "as", "!": "unlike"}
 
 

@@ -1,14 +1,14 @@
 """Would the tests notice a bug? Put small bugs into a copy of ppo_rlhf.py, one at a time, and run the tests on each.
 
-    python notes/mutations.py                    # all of BUGS: some hours on one core
+    python notes/mutations.py                    # all of BUGS: one to two hours on one core
     python notes/mutations.py --jobs 4           # four at a time
     python notes/mutations.py --only detach      # those with this in their name
     python notes/mutations.py --check            # no tests: does every entry of BUGS fit the script?
 
 A bug is caught when a test fails, or when nothing ends any more. A bug that survives is a promise without a test, or it
-is no bug at all (then it does not belong here). Each entry is a name, a text that occurs exactly once in the script, and
-the text that takes its place. When the script has changed and the text is gone, this program stops and says so. Then
-change the entry, or drop it.
+is no bug at all (then it does not belong here). Each entry is a name, a text that occurs exactly once in the script,
+and the text that takes its place. When the script has changed and the text is gone, this program stops and says so.
+Then change the entry, or drop it.
 
 The tests are test_ppo_rlhf.py and notes/evidence/, without those of the pages in notes/. The quick tests come first.
 Prints a line for each bug: what caught it, or SURVIVED, and the seconds. Exit status: 0 when 95% or more are caught; 1
@@ -35,7 +35,7 @@ TESTS = ["test_ppo_rlhf.py"] + [f"notes/evidence/{path.name}" for path in sorted
 NEEDLESS = shutil.ignore_patterns(".*", "__pycache__", "runs", "venv")
 ENOUGH = 0.95
 
-# Most bugs fall to a test that takes milliseconds. So these tests come first, and whole runs and several processes last.
+# Most bugs fall to a test that takes milliseconds. So these come first, and whole runs and several processes last.
 CONFTEST = '''
 import inspect
 
@@ -114,7 +114,7 @@ BUGS = [
     ("TD: the last value bootstraps on itself",
      "F.pad(values[:, 1:], (0, 1))", "torch.cat([values[:, 1:], values[:, -1:]], dim=1)"),
     ("TD: V of the padding",
-     "    values = torch.where(mask, values, 0)\n    next_values", "    next_values"),
+     "    values = torch.where(mask, values, 0)", "    values = values.clone()"),
     ("TD: gamma forgotten",
      "rewards + gamma * next_values", "rewards + next_values"),
     ("TD: mask forgotten in the result",
@@ -304,12 +304,12 @@ BUGS = [
      "rollout.advantages, rollout.returns = gae(rollout.rewards, rollout.values, rollout.mask,"
      " cfg.gamma, cfg.lam)"),
     ("swap: actor_loss is not called",
-     "surrogate_loss, clip_fraction = actor_loss(log_probs, rollout, cfg)",
-     "surrogate_loss, clip_fraction = policy_loss(log_probs, rollout.log_probs,"
+     "clip_fraction = actor_loss(log_probs, rollout, cfg)",
+     "clip_fraction = policy_loss(log_probs, rollout.log_probs,"
      " rollout.advantages, rollout.mask, cfg.clip_eps)"),
     ("swap: critic_loss is not called",
-     "squared_error = critic_loss(values, rollout, cfg)",
-     "squared_error = value_loss(values, rollout.returns, rollout.mask)"),
+     "v_loss = critic_loss(values, rollout, cfg)",
+     "v_loss = value_loss(values, rollout.returns, rollout.mask)"),
     ("swap: the report uses it",
      "rollouts.append(sample_and_score(", "rollouts.append(collect_rollout("),
     ("swap: the X-ray uses it",
@@ -331,11 +331,11 @@ BUGS = [
      "value_loss(values, rollout.rewards, rollout.mask)"),
     # ---- Phase II --------------------------------------------------------------------------------
     ("update: advantages from the present critic, no detach",
-     "    surrogate_loss, clip_fraction = actor_loss(log_probs, rollout, cfg)",
+     "    pg_loss, clip_fraction = actor_loss(log_probs, rollout, cfg)",
      "    rollout.advantages = rollout.returns - values\n"
-     "    surrogate_loss, clip_fraction = actor_loss(log_probs, rollout, cfg)"),
+     "    pg_loss, clip_fraction = actor_loss(log_probs, rollout, cfg)"),
     ("update: c_V forgotten",
-     "cfg.vf_coef * squared_error", "squared_error"),
+     "cfg.vf_coef * v_loss", "v_loss"),
     ("update: sign of the entropy bonus",
      "- cfg.ent_coef * mean_entropy", "+ cfg.ent_coef * mean_entropy"),
     ("update: mask forgotten in the entropy",
@@ -376,7 +376,7 @@ BUGS = [
      'draw_prompts(prompts["train"], rng, cfg)',
      "draw_prompts(sum(prompts.values(), []), rng, cfg)"),
     ("loop: the learning rate does not fall",
-     "LinearLR(optimizer, 1.0, 0.0,", "LinearLR(optimizer, 1.0, 1.0,"),
+     "end_factor=0.0", "end_factor=1.0"),
     ("loop: schedule not stepped",
      "        schedule.step()\n        if cycle == 0:", "        if cycle == 0:"),
     ("loop: validation on training prompts",
@@ -673,6 +673,8 @@ BUGS = [
      "    variance = masked_mean((x - mean) ** 2, mask).item()\n"),
     ("processes: their weights differ at first",
      "            dist.broadcast(parameter.data, 0)\n", "            pass\n"),
+    ("processes: their reward models differ at first",
+     "    same_in_all_processes(model)", "    pass"),
     ("processes: gradients not summed",
      "            dist.all_reduce(gradient)\n", "            pass\n"),
     ("processes: divided by the own token count only",

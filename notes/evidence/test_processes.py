@@ -17,10 +17,15 @@ def launch(*command):
     environment = ONE_THREAD | {"PYTHONPATH": str(HERE)}
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d",
                 "--rdzv-endpoint=localhost:0"]
-    done = subprocess.run([sys.executable, *torchrun, *map(str, command)], capture_output=True,
-                          text=True, env=environment, timeout=180)
-    assert done.returncode == 0, done.stderr[-9000:]
-    return done.stdout
+    process = subprocess.Popen([sys.executable, *torchrun, *map(str, command)], text=True,
+                               env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        shown, errors = process.communicate(timeout=180)
+    except subprocess.TimeoutExpired:  # they wait for each other: torchrun ends both
+        process.terminate()
+        shown, errors = process.communicate()
+    assert process.returncode == 0, errors[-9000:]
+    return shown
 
 
 # ---- The numbers ---------------------------------------------------------------------------------
