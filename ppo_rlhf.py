@@ -1978,6 +1978,7 @@ def steps_to_do(stage: str, steps: int, cfg):
     for step in tqdm(range(steps), stage, leave=False, disable=RANK > 0 or None):
         WHERE[0] = f" in {stage}, step {step + 1}"
         yield reseed(cfg, f"{stage} {step}")
+    WHERE[0] = ""
 
 
 def cycles_to_do(training: dict, log: list[dict], cfg):
@@ -2014,6 +2015,7 @@ def cycles_to_do(training: dict, log: list[dict], cfg):
                     torch.save(state, temporary)
             if stop:
                 raise KeyboardInterrupt
+    WHERE[0] = ""
 
 
 @contextmanager

@@ -277,6 +277,8 @@ def main():
     known = {experiment.__name__: experiment for experiment in EXPERIMENTS}
     if unknown := set(options.experiment) - set(known):
         parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(known)}")
+    # A shell may start programs in the background with Ctrl-C ignored, and the runs would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     begin = time.perf_counter()  # how long does a call take that ends at once?
     subprocess.run([sys.executable, SCRIPT, "--lr", "0"], capture_output=True)
     options.startup = time.perf_counter() - begin
