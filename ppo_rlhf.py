@@ -801,7 +801,8 @@ def train_reward_model(sft, data: Data, cfg) -> RewardModel:
     rng = reseed(cfg, "rankings")
     rankings = data.rankings
     if not rankings:
-        rankings = label_rankings(sft, data.prompts["train"], cfg, rng)
+        known = split(WORLD_PROMPTS)["train"]  # the human has no opinion on other prompts
+        rankings = label_rankings(sft, known, cfg, rng)
     model = RewardModel(copy.deepcopy(sft.lm), sft.tokenizer, cfg)
     same_in_all_processes(model)  # its head is new and random
     train_supervised(model, reward_model_loss, rankings, 4, cfg.rm_steps, cfg.rm_lr,
@@ -1216,7 +1217,7 @@ def reward_model_quality(score_fn, sft, data: Data, cfg) -> dict[str, float]:
             points = list(range(len(replies), 0, -1))  # ranked, best first
         scores = ask_score_fn(score_fn, replies)
         for i, j in combinations(range(len(replies)), 2):
-            if points[i] != points[j]:
+            if abs(points[i] - points[j]) > 0:  # not so for NaN: no human, no pair
                 alike.append((points[i] - points[j]) * (scores[i] - scores[j]) > 0)
         all_points += points
         all_scores += scores
@@ -1226,6 +1227,7 @@ def reward_model_quality(score_fn, sft, data: Data, cfg) -> dict[str, float]:
         say(f"reward on new prompts: orders {accuracy:.1%} of pairs as the human does")
     if not data.held_out:
         correlation = torch.corrcoef(torch.tensor([all_points, all_scores]))[0, 1].item()
+    if not math.isnan(correlation):
         say(f"reward on new prompts: correlation {correlation:.2f} with the human")
     if correlation < 0.7:
         say("warning: correlation below 0.7: PPO will learn what this reward likes, not what the "

@@ -1790,6 +1790,15 @@ def test_metrics_are_means_over_all_updates_and_the_first_log_ratio_is_that_of_t
     assert metrics["first_log_ratio"] == pytest.approx(first["first_log_ratio"], abs=1e-6)
 
 
+def test_a_token_of_probability_zero_adds_nothing_to_the_entropy_and_has_no_nan_gradient():
+    """Logits of -infinity come from a mask over the vocabulary; 0 * log 0 counts as 0."""
+    logits = torch.tensor([[[0.0, 0.0, -math.inf]]], requires_grad=True)
+    result = ppo.entropy(logits)
+    assert result.item() == pytest.approx(math.log(2))
+    result.sum().backward()
+    assert not logits.grad.isnan().any()
+
+
 def test_the_entropy_bonus_raises_entropy_and_nothing_else_moves_the_policy(world, rollout):
     """With advantages of 0. The value loss alone leaves the language model as it is."""
     actor, rollout = copy.deepcopy(world[1]), copy.copy(rollout)

@@ -857,7 +857,7 @@ may still hold for large ones.
 
 """
 # After new runs, say here of which version of the script they are. Then `write`.
-VERSION = """All figures on this page are of the versions before the redesign of the script (November 24
+VERSION = """All figures on this page are of the versions before the redesign of the script (November 22
 and older). No run has been repeated since. In these versions J* was estimated from 2,000 replies of the SFT model
 alone. This estimate is coarser than the present one, which takes half of the replies from the trained policy, and it
 errs on the low side. So a fraction on this page may be a little too high, by the same share in all variants of a seed;

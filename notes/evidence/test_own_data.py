@@ -89,6 +89,36 @@ def test_each_file_replaces_its_source_and_held_out_prompts_occur_in_no_stage(ow
         assert all(reply.prompt in held_out for reply in sum(data.held_out, []))
 
 
+def test_ppo_practises_on_the_given_prompts_and_not_on_those_of_demonstrations(own_files, tmp_path):
+    other = write_jsonl(tmp_path / "demos.jsonl", TEN)
+    files = dict(own_files, **{"--demos": other})
+    cfg = small_config(*flags_of(files, ["--prompts", "--demos", "--preferences"]))
+    data = ppo.load_data(read_own(cfg), cfg)
+    given = {replies[0].prompt for replies in read_own(cfg)["prompts"]}
+    for prompts in data.prompts.values():
+        assert prompts and set(prompts) <= given
+
+
+def test_with_own_prompts_alone_the_human_ranks_replies_to_prompts_that_it_knows(
+        own_files, tmp_path, capsys, monkeypatch):
+    """It has no opinion on others: NaN for all of them, and a ranking by NaN is no ranking."""
+    judged, judge = [], ppo.judge
+
+    def remember(reply):
+        verdict = judge(reply)
+        if ppo.WHERE[0] == "" and not (tmp_path / "run/reward_model").exists():
+            judged.append(verdict["human"])
+        return verdict
+
+    monkeypatch.setattr(ppo, "judge", remember)
+    ppo.main([*TINY, *flags_of(own_files, ["--prompts"]), "--out", str(tmp_path / "run")])
+    assert len(judged) >= 48 and not any(math.isnan(points) for points in judged[:48])
+    shown = capsys.readouterr().out
+    assert "nan" not in shown.lower() and "as the human does" not in shown
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    assert report["reward_model"] == {"accuracy": None, "correlation": None}
+
+
 def test_every_file_of_the_chinese_example_can_be_read():
     folder = HERE / "notes/data_zh"
     flags = flags_of({f"--{flag}": str(folder / f"{flag}.jsonl") for flag in ppo.OWN_DATA},
