@@ -25,13 +25,14 @@ THE THREE PARTS
 Read Part I once, from top to bottom. It leaves to the workshop what is not the algorithm: files,
 resuming, several processes, bfloat16, small batches for little memory, checks of the user's input.
 These are the workshop's functions that it calls:
-    encode, encode_prompts    turn texts into padded token ids
+    encode, encode_prompts    turn texts into padded token ids; decode is the way back
     optimizer_step            updates the weights once on a loss: backward pass, clip, AdamW step
     ask_score_fn              calls the reward function and checks what it returns
     draw                      gives a random batch of a list
     share, gather, moments    divide work among processes; collect it; mean and variance over all
     steps_to_do, cycles_to_do count the steps; cycles_to_do also saves and resumes
     chunks, repeat_each       cut a list into pieces; repeat each of its items
+    check_logits              stops the run if the model computes NaN
     reseed, say               set the random seed for one purpose; print
 Of Part II it calls judge (the human), mean, validate, is_best and what prints and writes metrics.
 
@@ -61,6 +62,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import combinations
+from operator import itemgetter
 from pathlib import Path
 from statistics import pstdev
 from typing import NamedTuple
@@ -69,11 +71,13 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import (AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel,
-                          GPT2Tokenizer, get_cosine_schedule_with_warmup, pipeline)
+import transformers
+from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
+                          GenerationConfig, GPT2Config, GPT2LMHeadModel, GPT2Tokenizer, pipeline)
 from transformers.hf_argparser import HfArg, HfArgumentParser
 from transformers.utils import logging
 
@@ -415,7 +419,9 @@ class ActorCritic(HeadedModel):
         positions = position_ids(mask)[:, -ids.shape[1]:]  # of the newest tokens
         out = self.lm(input_ids=ids, attention_mask=mask.long(), position_ids=positions,
                       past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return out.logits[:, -1].float(), out.past_key_values
+        logits = out.logits[:, -1].float()                                              # [B,V]
+        check_logits(logits)
+        return logits, out.past_key_values
 
 
 class RewardModel(HeadedModel):
@@ -491,7 +497,7 @@ def sample_replies(actor, prompts: list[str], cfg) -> Rollout:
                                tokenizer.eos_token_id, tokenizer.pad_token_id, cfg.temperature)
     ended = (reply_ids == tokenizer.eos_token_id) & mask                                # [B,T]
     finished = ended.any(dim=1).tolist()
-    texts = tokenizer.batch_decode(reply_ids, skip_special_tokens=True)
+    texts = decode(tokenizer, reply_ids)
     replies = [Reply(*fields) for fields in zip(prompts, texts, finished)]
     first_places = [prompts.index(prompt) for prompt in prompts]  # equal for equal prompts
     group = torch.tensor(first_places, device=mask.device)                              # [B]
@@ -669,6 +675,7 @@ def train_ppo(actor, reference, score_fn, prompts: dict[str, list[str]], cfg) ->
         schedule.step()
         if cycle == 0:
             show_first_update(rollout, best, actor, cfg)  # `best` is still the SFT policy
+        record_xray(cycle + 1, actor, reference, score_fn, prompts["validation"], cfg, rollout)
         metrics["validation"] = math.nan
         if (cycle + 1) % cfg.eval_every == 0 or cycle + 1 == cfg.cycles:
             objectives = validate(actor, reference, score_fn, prompts["validation"], cfg)
@@ -687,6 +694,14 @@ def train_ppo(actor, reference, score_fn, prompts: dict[str, list[str]], cfg) ->
 #    learns to order replies. PPO takes two things from here: the SFT model, where it starts and
 #    from which it must not go far, and the reward model, which says what is good.
 # ==================================================================================================
+def rise_and_fall(step: int, steps: int) -> float:
+    """The share of the learning rate in a step, 0 to steps - 1: warm-up, then half a cosine."""
+    rise = steps // 10
+    if step < rise:
+        return (step + 1) / (rise + 1)
+    return 0.5 + 0.5 * math.cos(math.pi * (step - rise) / (steps - rise + 1))
+
+
 def train_supervised(model, loss_fn, examples: list, batch_size: int, steps: int, lr: float,
                      stage: str, cfg):
     """`steps` updates of AdamW on random batches. The learning rate rises for a tenth, then falls.
@@ -694,7 +709,8 @@ def train_supervised(model, loss_fn, examples: list, batch_size: int, steps: int
     loss_fn(model, batch, cfg) -> (mean loss, number of tokens in this mean, metrics).
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
-    schedule = get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: rise_and_fall(step, steps))
     losses = []
     for rng in steps_to_do(stage, steps, cfg):
         batch = draw(examples, batch_size, rng)
@@ -809,7 +825,8 @@ def train_reward_model(sft, data: Data, cfg) -> RewardModel:
                      "reward model", cfg)
     rng = reseed(cfg, "normalization")
     replies = []
-    for group in sample_groups(sft, rng.choices(data.prompts["train"], k=640), 1, cfg):
+    for group in sample_groups(sft, rng.choices(data.prompts["train"], k=10 * cfg.batch_size), 1,
+                               cfg):
         replies += group
     normalize(model, replies)
     return model
@@ -1040,10 +1057,17 @@ def evaluate(actor, reference, score_fn, prompts: list[str], N: int, cfg) -> lis
     return describe(sample_many(actor, reference, score_fn, prompts, N, cfg), cfg.kl_coef)
 
 
+def replies_each(batches: int, prompts: list[str], cfg) -> int:
+    """How many replies to each prompt make this many batches. Two at least: they get a spread."""
+    return max(2, batches * cfg.batch_size // len(prompts))
+
+
 def validate(actor, reference, score_fn, prompts: list[str], cfg) -> list[float]:
     """The objective r_RM - beta * KL of replies to prompts that PPO does not train on (L6)."""
     reseed(cfg, "validation")  # the same random numbers every time, so only the policy differs
-    table = evaluate(actor, reference, score_fn, prompts[:20], 16, cfg)
+    prompts = prompts[:20]
+    N = replies_each(cfg.eval_batches, prompts, cfg)
+    table = evaluate(actor, reference, score_fn, prompts, N, cfg)
     return [line["objective"] for line in table]
 
 
@@ -1189,7 +1213,7 @@ def make_report(tables: dict[str, list], log_ratios: list[float], N: int, kl_coe
 def compare_models(models: dict, score_fn, prompts: list[str], cfg) -> tuple[dict, dict]:
     """Sample replies of "pretrained", "sft" (the reference) and "ppo" -> report, tables."""
     reseed(cfg, "report")
-    N = cfg.report_replies
+    N = replies_each(cfg.report_batches, prompts, cfg)
     tables, log_ratios = {}, []
     for name, model in models.items():
         rollouts = sample_many(model, models["sft"], score_fn, prompts, N, cfg)
@@ -1206,10 +1230,13 @@ def reward_model_quality(score_fn, sft, data: Data, cfg) -> dict[str, float]:
 
     accuracy: share of the pairs of replies to a prompt that both order alike. Pairs that the human
     finds equal do not count. correlation: Pearson's r of the two scores. It is NaN for your own
-    data, where rankings tell an order and no points.
+    data, where rankings tell an order and no points. Without rankings and human, both are NaN.
     """
     reseed(cfg, "reward model quality")
-    groups = data.held_out or sample_groups(sft, data.prompts["validation"][:20], 32, cfg)
+    groups = data.held_out
+    prompts = [prompt for prompt in data.prompts["validation"][:20] if prompt in WORLD_PROMPTS]
+    if prompts and not groups:
+        groups = sample_groups(sft, prompts, replies_each(cfg.eval_batches, prompts, cfg), cfg)
     alike, all_points, all_scores = [], [], []
     for replies in groups:
         points = [judge(reply)["human"] for reply in replies]
@@ -1217,25 +1244,50 @@ def reward_model_quality(score_fn, sft, data: Data, cfg) -> dict[str, float]:
             points = list(range(len(replies), 0, -1))  # ranked, best first
         scores = ask_score_fn(score_fn, replies)
         for i, j in combinations(range(len(replies)), 2):
-            if abs(points[i] - points[j]) > 0:  # not so for NaN: no human, no pair
+            if points[i] != points[j]:
                 alike.append((points[i] - points[j]) * (scores[i] - scores[j]) > 0)
         all_points += points
         all_scores += scores
-    accuracy, correlation = math.nan, math.nan
+    quality = {"accuracy": math.nan, "correlation": math.nan}
     if alike:
-        accuracy = mean(alike)
-        say(f"reward on new prompts: orders {accuracy:.1%} of pairs as the human does")
-    if not data.held_out:
+        quality["accuracy"] = mean(alike)
+        say(f"reward on new prompts: orders {mean(alike):.1%} of pairs as the human does")
+    if prompts and not data.held_out:
         correlation = torch.corrcoef(torch.tensor([all_points, all_scores]))[0, 1].item()
-    if not math.isnan(correlation):
+        quality["correlation"] = correlation
         say(f"reward on new prompts: correlation {correlation:.2f} with the human")
-    if correlation < 0.7:
+    warn_of_reward(quality)
+    return quality
+
+
+# ---- Warnings: each is printed as soon as it is known, and once more under the report ------------
+def warn_of_reward(quality: dict[str, float]):
+    """Warn if the reward does not tell good from bad (P1). quality: of reward_model_quality."""
+    if quality["accuracy"] <= 0.5:
+        say("warning: this reward orders new pairs no better than a coin. PPO will learn nothing "
+            "that you want (P1)")
+    elif quality["correlation"] < 0.7:
         say("warning: correlation below 0.7: PPO will learn what this reward likes, not what the "
             "human likes (P1)")
-    return {"accuracy": accuracy, "correlation": correlation}
 
 
-def show_report(report: dict, tables: dict[str, list], prompts: list[str]):
+def warn_if_constant(table: list[dict]):
+    """Warn if all replies in a table of `describe` have one score. Only the penalty may differ."""
+    ends = {line["finished"] for line in table}
+    outcomes = {(line["finished"], line["reward"]) for line in table}
+    if len(outcomes) == len(ends):
+        say("warning: the reward is the same for all replies, so PPO learns nothing from it")
+
+
+def warn_if_unfinished(table: list[dict], cfg):
+    """Warn if hardly a reply in a table of `describe` ends by itself (N3)."""
+    finished = mean([line["finished"] for line in table])
+    if finished < 0.1:
+        say(f"warning: {1 - finished:.0%} of the replies are cut off at --max_new_tokens "
+            f"{cfg.max_new_tokens}. Raise it, or show the model in --demos how replies end (N3)")
+
+
+def show_report(report: dict, tables: dict[str, list], prompts: list[str], cfg):
     """Print report.json as tables, and the first reply of each model to some prompts."""
     columns = [name for name, x in report["ppo"].items() if not math.isnan(x)]
     say(f"\nRESULT on {len(prompts)} prompts that no stage has seen\n")
@@ -1261,7 +1313,10 @@ def show_report(report: dict, tables: dict[str, list], prompts: list[str]):
             N = len(table) // len(prompts)
             say(f"  {name:10}  {one_line(table[i * N]['reply'])}")
     seconds = [f"{name} {x:.1f}" for name, x in report["seconds"].items()]
-    say("\nSECONDS: " + ", ".join(seconds))
+    say("\nSECONDS: " + ", ".join(seconds) + "\n")
+    warn_of_reward(report["reward_model"])
+    warn_if_constant(tables["sft"])
+    warn_if_unfinished(tables["ppo"], cfg)
 
 
 def one_line(text: str) -> str:
@@ -1270,21 +1325,17 @@ def one_line(text: str) -> str:
 
 
 # ---- The X-ray -----------------------------------------------------------------------------------
-def xray(rollout: Rollout, tokenizer, cfg, row: int = 0, extra: dict | None = None,
-         rewards_of=token_rewards, advantages_of=gae) -> str:
-    """One reply under X-ray: article E's table, one line per token.
+def xray_columns(rollout: Rollout, cfg, rewards_of=token_rewards, advantages_of=gae) -> dict:
+    """Article E's table of a rollout: name -> [B,T].
 
     KL = log pi - log ref. r_t comes from step 2, V(s_t) from step 3, delta_t from step 4, A_t and
-    return from step 5. `extra` holds further columns, such as the ratio of step 6. What to see:
-    only tokens on which log pi and log ref differ cost KL, and the score arrives at <eos>.
-
-    The columns are always those of the article: it calls token_rewards and gae itself. The default
-    arguments keep the script's own, even if you have replaced them for training.
+    return from step 5. The columns are always those of the article: this calls token_rewards and
+    gae itself. The default arguments keep the script's own, even if you have replaced them.
     """
     r = rollout
     rewards = rewards_of(r.log_probs, r.ref_log_probs, r.scores, r.mask, cfg.kl_coef)
     advantages, returns = advantages_of(rewards, r.values, r.mask, cfg.gamma, cfg.lam)
-    columns = {
+    return {
         "log pi": r.log_probs,
         "log ref": r.ref_log_probs,
         "KL": r.log_probs - r.ref_log_probs,
@@ -1293,24 +1344,89 @@ def xray(rollout: Rollout, tokenizer, cfg, row: int = 0, extra: dict | None = No
         "delta_t": td_residuals(rewards, r.values, r.mask, cfg.gamma),
         "A_t": advantages,
         "return": returns}
+
+
+def xray(rollout: Rollout, tokenizer, cfg, row: int = 0, extra: dict | None = None) -> str:
+    """One reply under X-ray: article E's table, one line per token.
+
+    `extra` holds further columns, such as the ratio of step 6. What to see: only tokens on which
+    log pi and log ref differ cost KL, and the score arrives at <eos>.
+    """
+    columns = xray_columns(rollout, cfg)
     columns.update(extra or {})
-    lines = [f'\nX-RAY of one reply to "{one_line(r.replies[row].prompt)}" '
-             f"(score {r.scores[row]:.3f})",
+    lines = [f'\nX-RAY of one reply to "{one_line(rollout.replies[row].prompt)}" '
+             f"(score {rollout.scores[row]:.3f})",
              f"{'token':12}" + "".join(f"{name:>11}" for name in columns)]
-    for t, token in enumerate(r.reply_ids[row][r.mask[row]]):
+    for t, token in enumerate(rollout.reply_ids[row][rollout.mask[row]]):
         numbers = [round(x[row, t].item(), 3) + 0.0 for x in columns.values()]  # no "-0.000"
         line = "".join(f"{number:11.3f}" for number in numbers)
         lines.append(f"{tokenizer.decode([token]).strip():12}{line}")
     return "\n".join(lines) + "\n"
 
 
+def ratios(actor, rollout: Rollout, cfg):
+    """rho_t = pi(a_t|s_t) / pi_old(a_t|s_t) -> [B,T]. pi is `actor`; pi_old wrote the rollout."""
+    log_probs, _ = read_without_gradient(actor, rollout, cfg)
+    return (log_probs - rollout.log_probs).exp()
+
+
 def show_first_update(rollout: Rollout, old_actor, actor, cfg):
     """The X-ray of cycle 1, with the ratio before its update (1, always) and after it."""
-    ratios = {}
-    for name, model in {"rho before": old_actor, "rho after": actor}.items():
-        log_probs, _ = read_without_gradient(model, rollout, cfg)
-        ratios[name] = (log_probs - rollout.log_probs).exp()
-    say(xray(rollout, actor.tokenizer, cfg, extra=ratios))
+    extra = {
+        "rho before": ratios(old_actor, rollout, cfg),
+        "rho after": ratios(actor, rollout, cfg)}
+    say(xray(rollout, actor.tokenizer, cfg, extra=extra))
+
+
+def record_xray(cycle: int, actor, reference, score_fn, prompts: list[str], cfg,
+                batch: Rollout | None = None):
+    """Write replies of this cycle to xray.jsonl, with every number of every token.
+
+    notes/xray.py makes a page of the file. It holds the policy's replies to the same four held-out
+    prompts, so you can watch how they change. It also holds two replies of the cycle's own batch,
+    with rho, the ratio after the update, and `A used`, the advantage that the update used.
+    Changes are quick at first: cycles 0, 1, 2, 3, 5, 7, 11 ... and the last one are recorded.
+    """
+    often = [0] + [int(1.5 ** k) for k in range(50)]
+    if not cfg.out or RANK > 0 or not (cycle in often or cycle == cfg.cycles):
+        return
+    reseed(cfg, "xray")  # the same random numbers every time, so only the policy differs
+    lines = []
+    few = prompts[::max(1, len(prompts) // 4)][:4]
+    lines += xray_lines(cycle, sample_and_score(actor, reference, score_fn, few, cfg), {},
+                        actor.tokenizer, cfg)
+    if batch:
+        batch = batch[:2]
+        extra = {"rho": ratios(actor, batch, cfg), "A used": batch.advantages}
+        lines += xray_lines(cycle, batch, extra, actor.tokenizer, cfg)
+    path = Path(cfg.out) / "xray.jsonl"
+    if path.exists():
+        earlier = [json.loads(line) for line in path.read_text().splitlines()]
+        lines += [line for line in earlier if line["cycle"] != cycle]  # a resume repeats cycles
+    with replacing(path) as temporary:
+        rows = [json.dumps(line) for line in sorted(lines, key=itemgetter("cycle"))]
+        temporary.write_text("\n".join(rows) + "\n")
+
+
+def xray_lines(cycle: int, rollout: Rollout, extra: dict, tokenizer, cfg) -> list[dict]:
+    """A line of xray.jsonl for each reply. Its columns are lists with a number per token."""
+    columns = xray_columns(rollout, cfg)
+    columns.update(extra)
+    lines = []
+    for row, reply in enumerate(rollout.replies):
+        real = rollout.mask[row]
+        line = {
+            "cycle": cycle,
+            "from_batch": bool(extra),
+            "prompt": reply.prompt,
+            "reply": reply.text,
+            "finished": reply.finished,
+            "score": round(rollout.scores[row].item(), 4),
+            "tokens": [tokenizer.decode([token]) for token in rollout.reply_ids[row][real]]}
+        for name, x in columns.items():
+            line[name] = [round(number, 4) for number in x[row][real].tolist()]
+        lines.append(line)
+    return lines
 
 
 # ---- metrics.csv ---------------------------------------------------------------------------------
@@ -1347,7 +1463,8 @@ def record_cycle(log: list[dict], cycle: int, rollout: Rollout, metrics: dict, s
     """Add one cycle to the log, write metrics.csv and print a line."""
     line = {"cycle": cycle + 1, "episodes": (cycle + 1) * cfg.batch_size, "kl_coef": cfg.kl_coef}
     line.update(metrics)
-    line.update(column_means(describe([rollout], cfg.kl_coef)))
+    table = describe([rollout], cfg.kl_coef)
+    line.update(column_means(table))
     line["seconds"] = seconds
     log.append(line)
     write_metrics(log, cfg)
@@ -1355,6 +1472,9 @@ def record_cycle(log: list[dict], cycle: int, rollout: Rollout, metrics: dict, s
     if cycle % 20 == 0:
         say("  ".join(name.rjust(len(format(0.0, PRINTED[name]))) for name in names))
     say("  ".join(format(line[name], PRINTED[name]) for name in names))
+    if cycle == 0:
+        warn_if_constant(table)
+        warn_if_unfinished(table, cfg)
 
 
 def write_metrics(log: list[dict], cfg):
@@ -1434,6 +1554,16 @@ def encode(model, replies: list[Reply]):
     return prompt_ids, prompt_mask, reply_ids, mask
 
 
+def decode(tokenizer, reply_ids) -> list[str]:
+    """Sampled ids [B,T] -> texts. EOS and padding are left out. Other special tokens stay: a reward
+    may look for them, such as the tags around an answer."""
+    silent = {tokenizer.eos_token_id, tokenizer.pad_token_id}
+    texts = []
+    for ids in reply_ids.tolist():
+        texts.append(tokenizer.decode([token for token in ids if token not in silent]))
+    return texts
+
+
 def train_tokenizer(texts: list[str]):
     """A byte-level BPE tokenizer as GPT-2's, with at most 2048 tokens. It can encode any text.
 
@@ -1453,36 +1583,155 @@ def train_tokenizer(texts: list[str]):
 OWN_DATA = ["prompts", "demos", "preferences"]  # flags that name a file
 
 
-def parse_line(line: dict, flag: str) -> tuple[str, list[str]]:
-    """One line of a file -> its prompt and its replies, best first. --prompts: one empty reply."""
-    if flag == "prompts":
-        return line["prompt"], [""]
+class Line(NamedTuple):
+    """One line of a file."""
+
+    replies: list[Reply]  # best first; for --prompts one empty reply
+    messages: list        # the prompt as messages; empty if it is a text
+    fields: dict          # the line as it stands in the file
+
+
+def read_own_data(tokenizer, cfg) -> dict[str, list[Line]]:
+    """All files of the user. tokenizer: that of --model, or None for tiny."""
+    own = {}
+    for flag in OWN_DATA:
+        path = getattr(cfg, flag)
+        own[flag] = read_jsonl(path, flag, tokenizer) if path else []
+    return own
+
+
+def read_jsonl(path: str, flag: str, tokenizer=None) -> list[Line]:
+    """The file of --prompts, --demos or --preferences. Blank lines do not count."""
+    lines, unusable = [], 0
+    with explain(f"--{flag} {path}", OSError, ValueError):
+        with explain("it is not written in UTF-8", UnicodeDecodeError):
+            rows = Path(path).read_text(encoding="utf-8-sig").split("\n")
+        for number, row in enumerate(rows, 1):
+            if not row.strip():
+                continue
+            with explain(f"line {number}", Exception):
+                line = parse_line(row, flag, tokenizer)
+            if is_usable(line, flag):
+                lines.append(line)
+            else:
+                unusable += 1
+        check(lines, "no line can be used")
+        check(flag != "preferences" or any(line.replies[0].prompt for line in lines),
+              "no line has a prompt: chosen and rejected begin alike in none of them")
+    if unusable:
+        say(f"--{flag}: {unusable} of {unusable + len(lines)} lines left out: they have no reply, "
+            "or the same reply twice")
+    return without_repeated_prompts(lines)
+
+
+def is_usable(line: Line, flag: str) -> bool:
+    """Is there something to learn? An empty demonstration has nothing, nor have equal replies."""
+    texts = [reply.text for reply in line.replies]
     if flag == "demos":
-        check(line["completion"], "the completion is empty")
-        return line["prompt"], [line["completion"]]
-    texts = [line["chosen"], line["rejected"]] if "ranked" not in line else line["ranked"]
-    check(isinstance(texts, list) and len(texts) >= 2 and len(set(texts)) == len(texts),
-          "needs 2 or more different replies")
-    if "prompt" in line:
-        return line["prompt"], texts
-    # The format of HH-RLHF: the prompt is what all replies begin with, in whole words.
+        return texts != [""]
+    return flag == "prompts" or len(texts) >= 2 and len(set(texts)) == len(texts)
+
+
+def parse_line(row: str, flag: str, tokenizer=None) -> Line:
+    """One line of a file."""
+    check(not row.lstrip().startswith("["), "this is an array; write one object {...} per line")
+    with explain("this is not JSON", ValueError):
+        fields = json.loads(row)
+    check(isinstance(fields, dict), "this is JSON, but not an object {...}")
+    with explain(f"its fields are {', '.join(fields)}, but --{flag} needs others (see --help)",
+                 KeyError):
+        if flag == "prompts":
+            prompt, texts = fields["prompt"], [""]
+        elif flag == "demos" and "messages" in fields:
+            prompt, texts = None, [fields["messages"]]
+        elif flag == "demos":
+            prompt, texts = fields["prompt"], [fields["completion"]]
+        elif "ranked" in fields:
+            prompt, texts = fields.get("prompt"), fields["ranked"]
+        else:
+            prompt, texts = fields.get("prompt"), [fields["chosen"], fields["rejected"]]
+    check(isinstance(texts, list), "`ranked` must be a list, best first")
+
+    messages = []
+    if any(isinstance(text, list) for text in [prompt, *texts]):
+        messages, prompt, texts = render(prompt, texts, tokenizer)
+    for text in texts if prompt is None else [prompt, *texts]:
+        check(isinstance(text, str), f"{text!r} is not a text")
+        text.encode()  # fails if it has half a character
+    if prompt is None:
+        prompt = common_prompt(texts)
+        texts = [text.removeprefix(prompt) for text in texts]
+    return Line([Reply(prompt, text, True) for text in texts], messages, fields)
+
+
+def render(prompt, replies: list, tokenizer) -> tuple[list, str, list[str]]:
+    """TRL's conversational format -> the prompt as messages and as text, the replies as texts.
+
+    Messages are a list such as [{"role": "user", "content": "Hello"}]. The model's chat template
+    makes a text of them. Replies may be whole conversations, the messages of the prompt included.
+    """
+    check(getattr(tokenizer, "chat_template", None),
+          "these are messages, and the model has no chat template for them; write plain texts, or "
+          "take a --model that has been trained to chat")
+    conversations = []
+    for reply in replies:
+        plain = isinstance(reply, str)
+        conversations.append([{"role": "assistant", "content": reply}] if plain else reply)
+    if not isinstance(prompt, list):
+        prompt = conversations[0][:-1] or [{"role": "user", "content": prompt}]
+    prompt_text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    texts = []
+    for messages in conversations:
+        if messages[0]["role"] == "assistant":
+            messages = prompt + messages
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        check(messages[:len(prompt)] == prompt, "its replies belong to different conversations")
+        check(text.startswith(prompt_text), "the chat template changes the prompt once it has a "
+              "reply; write plain texts")
+        texts.append(text.removeprefix(prompt_text))
+    return prompt, prompt_text, [""] if replies == [""] else texts
+
+
+def common_prompt(texts: list[str]) -> str:
+    """The format of HH-RLHF: the prompt is what all replies begin with.
+
+    It ends after the last role label, such as "Assistant:", if the first one is another. Without
+    labels it ends after a word or a Chinese sentence.
+    """
     common = os.path.commonprefix(texts)
-    prompt = re.match(r"(.*\s)?", common, re.DOTALL).group()
-    return prompt, [text[len(prompt):] for text in texts]
+    labels = list(re.finditer(r"(?:^|[\n。！？])\s*(\w+)[:：] ?", common))
+    if labels and labels[-1][1] != labels[0][1]:
+        return common[:labels[-1].end()]
+    return re.match(r"(.*[\s。！？：])?", common, re.DOTALL).group()
 
 
-def read_jsonl(path: str, flag: str) -> list[list[Reply]]:
-    """The file of --prompts, --demos or --preferences: for each line its replies, best first."""
-    lines = []
-    with explain(f"--{flag} {path}", OSError, ValueError), open(path, encoding="utf-8-sig") as file:
-        for number, text in enumerate(file, 1):
-            with explain(f"line {number}, fields as in --help", ValueError, KeyError, TypeError,
-                         RecursionError):
-                prompt, texts = parse_line(json.loads(text), flag)
-                "".join([prompt, *texts]).encode()  # fails if one is no text, or half a character
-                lines.append([Reply(prompt, text, True) for text in texts])
-        check(lines, "the file is empty")
-    return lines
+def without_repeated_prompts(lines: list[Line]) -> list[Line]:
+    """Some files give the prompt and repeat it in every reply. If all lines do, it is taken off."""
+    for line in lines:
+        for reply in line.replies:
+            if not reply.text.startswith(reply.prompt):
+                return lines
+    clean = []
+    for line in lines:
+        replies = []
+        for prompt, text, _ in line.replies:
+            replies.append(Reply(prompt, text.removeprefix(prompt), True))
+        clean.append(line._replace(replies=replies))
+    return clean
+
+
+def without_marks(reply: Reply, tokenizer) -> Reply:
+    """Take off EOS at the end and BOS at the beginning if they are written out as text.
+
+    The script adds EOS, and many tokenizers add BOS. Two of them are not what the model knows, and
+    the reward model would learn to score the second EOS.
+    """
+    prompt, text = reply.prompt, reply.text
+    if text.rstrip().endswith(tokenizer.eos_token):
+        text = text.rstrip().removesuffix(tokenizer.eos_token)
+    if tokenizer.bos_token and tokenizer("a").input_ids[0] == tokenizer.bos_token_id:
+        prompt = prompt.removeprefix(tokenizer.bos_token)
+    return Reply(prompt, text, reply.finished)
 
 
 def cut(text: str, room: int, tokenizer, keep_end: bool = False) -> str:
@@ -1507,23 +1756,29 @@ def cut(text: str, room: int, tokenizer, keep_end: bool = False) -> str:
     return ""
 
 
-def shorten(lines: list[list[Reply]], model, cfg) -> list[list[Reply]]:
+def positions_of(model) -> int:
+    """How many tokens a model can read."""
+    config = model.config.get_text_config()
+    return getattr(config, "max_position_embeddings", None) or 1_000_000
+
+
+def shorten(lines: list[Line], model, cfg) -> list[Line]:
     """Cut what is too long. Prompts keep their end. Replies keep their beginning and get no EOS."""
-    config = model.lm.config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None) or 1_000_000
+    positions = positions_of(model.lm)
     check(cfg.max_new_tokens <= positions - 32,
           f"--max_new_tokens must leave 32 of {positions} tokens to the prompt")
     short, cuts = [], 0
-    for replies in lines:
-        prompt = cut(replies[0].prompt, positions - cfg.max_new_tokens, model.tokenizer, True)
-        shorter = []
-        for reply in replies:
-            text = cut(reply.text, cfg.max_new_tokens - 1, model.tokenizer)
-            shorter.append(Reply(prompt, text, text == reply.text))
-        if any(not reply.finished for reply in shorter) or prompt != replies[0].prompt:
+    for line in lines:
+        replies = []
+        for reply in line.replies:
+            prompt, text, _ = without_marks(reply, model.tokenizer)
+            short_prompt = cut(prompt, positions - cfg.max_new_tokens, model.tokenizer, True)
+            short_text = cut(text, cfg.max_new_tokens - 1, model.tokenizer)
+            replies.append(Reply(short_prompt, short_text, short_text == text))
+        if short_prompt != prompt or not all(reply.finished for reply in replies):
             cuts += 1
-        if len(set(shorter)) == len(shorter):  # cut replies may have become equal
-            short.append(shorter)
+        if len(set(replies)) == len(replies):  # cut replies may have become equal
+            short.append(line._replace(replies=replies))
     if cuts:
         say(f"{cuts} of {len(lines)} lines cut to fit --max_new_tokens {cfg.max_new_tokens} "
             f"and {positions} positions")
@@ -1554,16 +1809,17 @@ class Data:
     held_out: list[list[Reply]]    # rankings that measure the reward model
 
 
-def load_data(own: dict[str, list[list[Reply]]], cfg) -> Data:
+def load_data(own: dict[str, list[Line]], cfg) -> Data:
     """Divide your own lines into training and held-out. The built-in world stands in for others."""
-    written = [replies[0].prompt for replies in own["demos"] + own["preferences"]]
-    practice = [replies[0].prompt for replies in own["prompts"]] or written or list(WORLD_PROMPTS)
+    written = [line.replies[0].prompt for line in own["demos"] + own["preferences"]]
+    practice = [line.replies[0].prompt for line in own["prompts"]] or written or list(WORLD_PROMPTS)
     splits = split(practice + written)
     allowed, in_practice = set(splits["train"]), set(practice)
     train, held_out = {}, {}
     for flag, lines in own.items():
-        train[flag] = [replies for replies in lines if replies[0].prompt in allowed]
-        held_out[flag] = [replies for replies in lines if replies[0].prompt not in allowed]
+        rankings = [line.replies for line in lines]
+        train[flag] = [replies for replies in rankings if replies[0].prompt in allowed]
+        held_out[flag] = [replies for replies in rankings if replies[0].prompt not in allowed]
         check(train[flag] or not getattr(cfg, flag), f"--{flag} leaves nothing to train on; give 6 "
               "or more different prompts, with replies that differ in their first "
               f"{cfg.max_new_tokens} tokens")
@@ -1584,16 +1840,21 @@ def load_data(own: dict[str, list[list[Reply]]], cfg) -> Data:
 
 
 # ---- Models --------------------------------------------------------------------------------------
-def base_model(own: dict[str, list[list[Reply]]], cfg) -> ActorCritic:
+def base_source(cfg) -> str | Path:
+    """Where the first model comes from: a folder, a hub id, or "tiny"."""
+    return finished_model("pretrain", cfg) or cfg.model
+
+
+def base_model(own: dict[str, list[Line]], cfg) -> ActorCritic:
     """What all stages start from: --model, or a small GPT-2 with random weights."""
     reseed(cfg, "model")
-    source = finished_model("pretrain", cfg) or cfg.model
+    source = base_source(cfg)
     if source != "tiny":
         return same_in_all_processes(ActorCritic(*load_pretrained(source, cfg), cfg))
     texts = []
     for lines in own.values():
-        for replies in lines:
-            for reply in replies:  # long texts will be cut, but only the tokenizer knows where
+        for line in lines:
+            for reply in line.replies:  # long texts will be cut, but only the tokenizer knows where
                 texts += [reply.prompt[-10_000:], reply.text[:10_000]]
     if not (own["demos"] or own["preferences"]):
         for reply in write_texts(random.Random(0), split(WORLD_PROMPTS)["train"], PRETRAIN_MIX):
@@ -1606,32 +1867,65 @@ def base_model(own: dict[str, list[list[Reply]]], cfg) -> ActorCritic:
         initializer_range=0.08,      # GPT-2's 0.02 suits its width of 768
         bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id))
-    if cfg.bf16 and cfg.device.startswith("cuda"):
+    if wants_bfloat16(cfg):
         compute_in_bfloat16(lm, "cuda")
     return same_in_all_processes(ActorCritic(lm, tokenizer, cfg))
 
 
-def load_pretrained(source: str | Path, cfg):
-    """(lm, tokenizer) from a folder or a hub id. EOS and padding are made two tokens (N1)."""
-    with explain(f"no usable model in {source}; try a local folder, an id with network, "
-                 "or --model tiny", Exception):
+NO_MODEL = "no usable model in {}; try a local folder, an id with network, or --model tiny"
+
+
+def load_tokenizer(source: str | Path):
+    """The tokenizer of a folder or a hub id. EOS and padding are made two tokens (N1)."""
+    with explain(NO_MODEL.format(source), Exception):
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
-        lm = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-        accepted = inspect.signature(lm.forward).parameters.keys()
-        check({"position_ids", "logits_to_keep"} <= accepted,
-              "this architecture takes no position_ids or logits_to_keep")
         check(tokenizer("a").input_ids[-1:] != [tokenizer.eos_token_id],
               "its tokenizer ends prompts, too, with EOS")
     tokenizer.add_special_tokens({"eos_token": tokenizer.eos_token or "<eos>"})
     if tokenizer.pad_token in (None, tokenizer.eos_token):
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    return tokenizer
+
+
+def load_pretrained(source: str | Path, cfg):
+    """(lm, tokenizer) from a folder or a hub id."""
+    tokenizer = load_tokenizer(source)
+    with explain(NO_MODEL.format(source), Exception):
+        lm, loaded = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32,
+                                                          output_loading_info=True)
+        check(not loaded["missing_keys"], f"it has no {', '.join(sorted(loaded['missing_keys']))}")
+        try_model(lm)
     if len(tokenizer) > lm.get_input_embeddings().num_embeddings:
         lm.resize_token_embeddings(len(tokenizer))
     lm.config.eos_token_id = tokenizer.eos_token_id
     lm.config.pad_token_id = tokenizer.pad_token_id
-    if cfg.bf16 and cfg.device.startswith("cuda"):
+    # The library's `generate` must stop where this script stops, and not at another token.
+    lm.generation_config = GenerationConfig.from_model_config(lm.config)
+    if wants_bfloat16(cfg):
         compute_in_bfloat16(lm, "cuda")
     return lm, tokenizer
+
+
+def try_model(lm):
+    """Can PPO train this model? Read two texts that differ in their second token only."""
+    check(any(parameter.requires_grad for parameter in lm.parameters()),
+          "it has nothing to train; merge the adapter into its model first: merge_and_unload()")
+    accepted = inspect.signature(lm.forward).parameters.keys()
+    check({"position_ids", "logits_to_keep"} <= accepted,
+          "this architecture takes no position_ids or logits_to_keep")
+    with torch.no_grad():
+        logits = lm(input_ids=torch.tensor([[0, 1], [0, 2]]),
+                    position_ids=torch.tensor([[0, 1], [0, 1]])).logits                 # [2,2,V]
+    check(logits.amax(dim=-1).isfinite().all(),
+          "it computes NaN or infinity before any training; its weights are damaged")
+    check(torch.allclose(logits[0, 0], logits[1, 0], rtol=1e-3, atol=1e-3),
+          "it is no causal language model: its output depends on later tokens")
+
+
+def wants_bfloat16(cfg) -> bool:
+    """Only GPUs that have bfloat16 in hardware. Others emulate it, which is slow."""
+    return (cfg.bf16 and cfg.device.startswith("cuda")
+            and torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def compute_in_bfloat16(lm, device_type: str):
@@ -1642,25 +1936,49 @@ def compute_in_bfloat16(lm, device_type: str):
 
 
 # ---- Rewards -------------------------------------------------------------------------------------
-def load_reward(cfg):
-    """--reward as a function: the human's rule, file.py:function, or a classifier (L4).
-
-    Of a classifier, the last label counts.
-    """
+def load_reward(cfg, own: dict[str, list[Line]] | None = None):
+    """--reward as a function: the human's rule, file.py:function, a run's reward model, or a
+    classifier (L4). The function of a file gets the columns of `own`, the user's files."""
     if cfg.reward == "human":
         return human_score
-    with explain(f"--reward {cfg.reward} is not model, human, file.py:function, or a classifier",
-                 Exception):
-        file, _, name = cfg.reward.rpartition(":")
+    file, _, name = cfg.reward.rpartition(":")
+    with explain(f"--reward {cfg.reward} is not model, human, file.py:function, the reward_model "
+                 "folder of a run, or a classifier", Exception):
         if file.endswith(".py"):
-            spec = importlib.util.spec_from_file_location("reward_function", file)
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-            return getattr(module, name)
-        classify = pipeline("text-classification", cfg.reward, device=cfg.device,
-                            function_to_apply="none", truncation=True)
-    classify.tokenizer.truncation_side = "left"  # of a long text, the reply must be seen
-    last_label = classify.model.config.id2label[classify.model.config.num_labels - 1]
+            score_fn = getattr(load_module(Path(file)), name)
+            return with_columns(score_fn, own) if own else score_fn
+        if Path(cfg.reward, "heads.safetensors").is_file():
+            return frozen(load_model(RewardModel, Path(cfg.reward), cfg)).score
+        return load_classifier(cfg)
+
+
+def load_module(path: Path):
+    """Run a Python file as a module of its folder: it can import its neighbours, and start
+    processes, which will import it by its name."""
+    name, path = path.stem, path.resolve()
+    if name in sys.modules:
+        check(sys.modules[name].__file__ == str(path), "Python has a module of that name; rename it")
+        return sys.modules[name]
+    sys.path.insert(0, str(path.parent))
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def load_classifier(cfg):
+    """A sequence-classification model as a reward function. Its last label counts."""
+    model, loaded = AutoModelForSequenceClassification.from_pretrained(
+        cfg.reward, output_loading_info=True)
+    check(not loaded["missing_keys"],
+          f"it has no weights for {', '.join(sorted(loaded['missing_keys']))}")
+    tokenizer = AutoTokenizer.from_pretrained(cfg.reward)
+    tokenizer.truncation_side = "left"  # of a long text, the reply must be seen
+    tokenizer.model_max_length = min(tokenizer.model_max_length, positions_of(model))
+    classify = pipeline("text-classification", model=model, tokenizer=tokenizer, device=cfg.device,
+                        function_to_apply="none", truncation=True)
+    last_label = model.config.id2label[model.config.num_labels - 1]
 
     def score(prompts, completions):
         texts = [prompt + completion for prompt, completion in zip(prompts, completions)]
@@ -1670,6 +1988,41 @@ def load_reward(cfg):
                 if label["label"] == last_label:
                     scores.append(label["score"])
         return scores
+
+    return score
+
+
+def call_by_name(function, given: dict):
+    """Call a function by keyword. It gets what its signature names, or all if it has **kwargs."""
+    parameters = inspect.signature(function).parameters.values()
+    if not any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters):
+        wanted = {parameter.name for parameter in parameters}
+        given = {name: x for name, x in given.items() if name in wanted}
+    return function(**given)
+
+
+def with_columns(score_fn, own: dict[str, list[Line]]):
+    """A reward function that is called as Part I does it, and calls score_fn as TRL does.
+
+    score_fn gets each further column of the --prompts file as a list under its own name, such as
+    the true answers. If the file has messages, score_fn gets prompts and completions as messages.
+    `replies` are the completions as texts, in any case.
+    """
+    known = {}
+    for line in own["prompts"] + own["preferences"] + own["demos"]:
+        known.setdefault(line.replies[0].prompt, line)
+    columns = list(dict.fromkeys(name for line in own["prompts"] for name in line.fields))
+    nothing = Line([], [], {})
+
+    def score(prompts, completions, finished):
+        lines = [known.get(prompt, nothing) for prompt in prompts]
+        given = {name: [line.fields.get(name) for line in lines] for name in columns}
+        given.update(prompts=[], completions=[], replies=completions, finished=finished)
+        for line, prompt, completion in zip(lines, prompts, completions):
+            message = [{"role": "assistant", "content": completion}]
+            given["prompts"].append(line.messages or prompt)
+            given["completions"].append(message if line.messages else completion)
+        return call_by_name(score_fn, given)
 
     return score
 
@@ -1688,15 +2041,12 @@ def ask_score_fn(score_fn, replies: list[Reply]) -> list[float]:
         "finished": list(finished)}
     example = unique[0].text[:50]
     with explain(f"--reward failed{WHERE[0]} on replies such as {example!r}", Exception):
-        named = inspect.signature(score_fn).parameters.values()
-        if not any(parameter.kind == parameter.VAR_KEYWORD for parameter in named):
-            wanted = {parameter.name for parameter in named}
-            given = {name: x for name, x in given.items() if name in wanted}
-        scores = [float(score) for score in score_fn(**given)]
+        scores = list(call_by_name(score_fn, given))
         check(len(scores) == len(unique), f"{len(scores)} scores for {len(unique)} replies")
         for reply, score in zip(unique, scores):
-            check(math.isfinite(score), f"{score} for the reply {reply.text!r} to {reply.prompt!r}")
-    score_of = dict(zip(unique, scores))
+            check(score is not None and math.isfinite(score),
+                  f"{score} for the reply {reply.text!r} to {reply.prompt!r}; give a number")
+    score_of = {reply: float(score) for reply, score in zip(unique, scores)}
     return [score_of[reply] for reply in replies]
 
 
@@ -1723,6 +2073,11 @@ class Config(PPOConfig):
         "A gradient that is longer than this is shortened to it, 0.5 to 1. In all stages."))
     eval_every: int = HfArg(default=10, help=(
         "Validate after this many cycles, and keep the best policy so far. (L6)"))
+    eval_batches: int = HfArg(default=3, help=(
+        "Replies for each validation, in batches of batch_size. More: a surer choice of policy."))
+    report_batches: int = HfArg(default=28, help=(
+        "Replies of each model for the report, in batches of batch_size. More: a more exact "
+        "report. With --model the default is 3."))
     save_every: int = HfArg(default=10, help=(
         "Save after this many cycles of PPO, for --resume."))
     resume: str = HfArg(default="", help=(
@@ -1731,16 +2086,18 @@ class Config(PPOConfig):
         "Folder of an earlier run. Its settings and models are taken; only PPO is repeated."))
     # Data and models
     prompts: str = HfArg(default="", help=(
-        'JSONL file with lines {"prompt": ...}: what PPO practises on. If no file is given, the '
-        "built-in world is used."))
+        'JSONL file with lines {"prompt": ...}: what PPO practises on. A reward function gets all '
+        "further fields. If no file is given, the built-in world is used."))
     demos: str = HfArg(default="", help=(
-        'JSONL file with lines {"prompt": ..., "completion": ...}: what SFT imitates. (L2)'))
+        'JSONL file with lines {"prompt": ..., "completion": ...}: what SFT imitates. In all files, '
+        'texts may be messages, as [{"role": "user", "content": ...}]. (L2)'))
     preferences: str = HfArg(default="", help=(
         "JSONL file with lines {prompt, chosen, rejected} or {prompt, ranked: [best ... worst]}: "
         "what the reward model learns from. (L3)"))
     reward: str = HfArg(default="model", help=(
-        "What gives the score: model (the trained reward model), human (the rule itself), a folder "
-        "or hub id of a classifier, or file.py:function. (L4)"))
+        "What gives the score: model (the trained reward model), human (the rule itself), "
+        "file.py:function, the reward_model folder of another run, or a folder or hub id of a "
+        "classifier. (L4)"))
     model: str = HfArg(default="tiny", help=(
         "The language model: tiny, or a folder or hub id (such as gpt2) of a causal one."))
     n_layer: int = HfArg(default=2, help="Layers of tiny, 1 to 12. GPT-2 has 12.")
@@ -1750,7 +2107,8 @@ class Config(PPOConfig):
     pretrain_steps: int = HfArg(default=250, help=(
         "Updates in stage 0, which only tiny has. Fewer: clumsy English. (L2)"))
     sft_steps: int = HfArg(default=450, help=(
-        "Updates in stage 1. Fewer: the model forgets what it was asked about. (L2)"))
+        "Updates in stage 1. Fewer: the model forgets what it was asked about. With --model, "
+        "--prompts and --reward alone, the default is 0. (L2)"))
     sft_lr: float = HfArg(default=5e-3, help=(
         "Learning rate of stages 0 and 1. With --model the default is 5e-5. (P3)"))
     rm_steps: int = HfArg(default=600, help=(
@@ -1761,8 +2119,6 @@ class Config(PPOConfig):
         "Rankings of 4 replies that the human gives. 100 make a model that is easy to cheat. (L3)"))
     label_noise: float = HfArg(default=0.3, help=(
         "How unsure the human is, in points, 0 to 2. More: a worse reward model. (P1)"))
-    report_replies: int = HfArg(default=128, help=(
-        "Replies of each model to each test prompt in the report. More: a more exact report."))
 
 
 # Most numbers must be above 0. These are the exceptions, with their lowest and highest value.
@@ -1775,7 +2131,8 @@ REAL_MODEL = {
     "pretrain_steps": 0,
     "sft_lr": 5e-5,
     "rm_lr": 1e-5,
-    "lr": 1e-5}
+    "lr": 1e-5,
+    "report_batches": 3}
 # What --init_from cannot change any more, because a model of that run was made with it.
 FIXED = {
     "sft": ["model", "n_layer", "n_embd", "n_head",
@@ -1813,6 +2170,8 @@ def parse_config(argv=None) -> Config:
                 fixed.update({name: saved[name] for name in names})
     elif given.model != "tiny":
         parser.set_defaults(**REAL_MODEL)
+        if given.prompts and given.reward != "model" and not (given.demos or given.preferences):
+            parser.set_defaults(sft_steps=0)  # no texts: PPO starts from the model as it is
     cfg = Config(**vars(parser.parse_args(argv)))
     for name, value in fixed.items():
         check(getattr(cfg, name) == value,
@@ -1869,6 +2228,8 @@ def repeat_each(items: list, count: int) -> list:
 def say(text=""):
     """print without damage to a progress bar. One process speaks for all."""
     if RANK == 0:
+        encoding = sys.stdout.encoding or "utf-8"
+        text = text.encode(encoding, "replace").decode(encoding)  # not all terminals know Chinese
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
 
@@ -1975,6 +2336,12 @@ def optimizer_step(model, optimizer, loss_fn, batch, cfg) -> dict[str, float]:
     return {name: x / total for name, x in sums.items()}
 
 
+def check_logits(logits):
+    """Stop the run if a model computes NaN [B,V]: the tokens sampled from it would mean nothing."""
+    check(logits.amax(dim=-1).isfinite().all(),
+          f"the model computes NaN or infinity{WHERE[0]}; try a lower learning rate")
+
+
 def steps_to_do(stage: str, steps: int, cfg):
     """Count the steps of stages 0 to 2: a random stream for each."""
     for step in tqdm(range(steps), stage, leave=False, disable=RANK > 0 or None):
@@ -2077,14 +2444,19 @@ def save_model(model, folder: Path):
         with replacing(folder) as temporary:
             model.lm.save_pretrained(temporary)
             model.tokenizer.save_pretrained(temporary)
-            save_file(model.head.state_dict(), temporary / "heads.safetensors")
+            save_file(model.head.state_dict(), temporary / "heads.safetensors",
+                      {"head_of": type(model).__name__})
 
 
 def load_model(model_class, folder: Path, cfg):
     """What save_model wrote; model_class is ActorCritic or RewardModel."""
     with explain(f"{folder} is damaged or not of a run", Exception):
+        with safe_open(folder / "heads.safetensors", "pt") as file:
+            head_of = file.metadata()["head_of"]
+            weights = {name: file.get_tensor(name) for name in file.keys()}
+        check(head_of == model_class.__name__, f"its head is that of an {head_of}")
         model = model_class(*load_pretrained(folder, cfg), cfg)
-        model.head.load_state_dict(load_file(folder / "heads.safetensors"))
+        model.head.load_state_dict(weights)
         return model
 
 
@@ -2111,38 +2483,79 @@ def run_stage(name: str, model_class, seconds: dict, cfg, train, *inputs):
 # 10  main
 # ==================================================================================================
 def main(argv=None):
-    """Run everything. argv: a list of flags, or None for the command line's."""
+    """Run everything. argv: a list of flags, or None for the command line's.
+
+    It can be called again and again in one process, as a notebook does.
+    """
     start = time.perf_counter()
+    check(transformers.__version__.startswith("5."),
+          f"this needs transformers 5, not {transformers.__version__}: "
+          "pip install -r requirements.txt")
+    check(WORLD == 1 or {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys(),
+          "WORLD_SIZE is set, but torchrun did not start this program; unset it, or use torchrun")
     cfg = parse_config(argv)
-    logging.disable_progress_bar()
+    with libraries_set():
+        if WORLD > 1:
+            dist.init_process_group("nccl" if cfg.device.startswith("cuda") else "gloo")
+        try:
+            run_stages(argv, cfg, start)
+            if WORLD > 1:
+                dist.barrier()  # one process that leaves early can make another one crash
+        except KeyboardInterrupt:
+            say(f"\nstopped; to go on: {command(argv, '--resume', cfg.out)}")
+            raise
+        finally:
+            if WORLD > 1:
+                dist.destroy_process_group()
+
+
+@contextmanager
+def libraries_set():
+    """Silence the libraries while `main` runs. A notebook finds everything as before."""
+    hub = logging.get_logger("huggingface_hub")
+    verbosity, hub_level = logging.get_verbosity(), hub.level
+    bars = logging.is_progress_bar_enabled()
+    path, modules = sys.path[:], set(sys.modules)
     logging.set_verbosity_error()
-    logging.get_logger("huggingface_hub").setLevel("ERROR")
+    hub.setLevel("ERROR")
+    logging.disable_progress_bar()
     gc.freeze()  # otherwise garbage collection looks through all libraries, for a second
-    if WORLD > 1:
-        dist.init_process_group("nccl" if cfg.device.startswith("cuda") else "gloo")
     try:
-        run_stages(cfg, start)
-    except KeyboardInterrupt:
-        say(f"\nstopped; to go on: python {sys.argv[0]} --resume {cfg.out}")
-        raise
-    if WORLD > 1:
-        dist.barrier()  # one process that leaves early can make another one crash
-        dist.destroy_process_group()
+        yield
+    finally:
+        gc.unfreeze()
+        logging.set_verbosity(verbosity)
+        hub.setLevel(hub_level)
+        if bars:
+            logging.enable_progress_bar()
+        added = set(sys.path) - set(path)  # the folder of the reward function, see load_module
+        sys.path[:] = path
+        for name in set(sys.modules) - modules:
+            if os.path.dirname(getattr(sys.modules[name], "__file__", None) or "") in added:
+                del sys.modules[name]  # the next run may have another file of that name
 
 
-def run_stages(cfg, start: float):
+def command(argv, *flags: str) -> str:
+    """How to call this script with these flags, in the way in which it was called."""
+    if argv is None:
+        return " ".join(["python", sys.argv[0], *flags])
+    return f"main({list(flags)})"
+
+
+def run_stages(argv, cfg, start: float):
     """Stages 0 to 2, PPO and the report."""
     WHERE[0] = ""
     # What can be wrong with the user's input fails here, before anything is written or takes long.
-    score_fn = load_reward(cfg) if cfg.reward != "model" else None
-    own = {}
-    for flag in OWN_DATA:
-        own[flag] = read_jsonl(getattr(cfg, flag), flag) if getattr(cfg, flag) else []
+    source = base_source(cfg)
+    own = read_own_data(None if source == "tiny" else load_tokenizer(source), cfg)
     base = base_model(own, cfg)
     own = {flag: shorten(lines, base, cfg) for flag, lines in own.items()}
     data = load_data(own, cfg)
-    if score_fn:
-        ask_score_fn(score_fn, [Reply(data.prompts["train"][0], "", True)])
+    score_fn = None
+    if cfg.reward != "model":
+        score_fn = load_reward(cfg, own)
+        longest = max(sum(data.prompts.values(), []), key=len)
+        ask_score_fn(score_fn, [Reply(longest, "", True)])
     open_folder(cfg)
 
     seconds = {}
@@ -2154,11 +2567,12 @@ def run_stages(cfg, start: float):
         score_fn = frozen(reward_model).score
     reference, policy = frozen(sft), sft  # PPO trains sft in place; the reference is its copy
     quality = reward_model_quality(score_fn, reference, data, cfg)
+    record_xray(0, policy, reference, score_fn, data.prompts["validation"], cfg)
     log = train_ppo(policy, reference, score_fn, data.prompts, cfg)
     save_model(policy, Path(cfg.out) / "policy")
 
-    models = {"pretrained": pretrained, "sft": reference, "ppo": policy}
     test = data.prompts["test"][:20]
+    models = {"pretrained": pretrained, "sft": reference, "ppo": policy}
     report, tables = compare_models(models, score_fn, test, cfg)
     say(xray(sample_and_score(policy, reference, score_fn, test[:1], cfg), policy.tokenizer, cfg))
     seconds["ppo"] = sum(line["seconds"] for line in log)
@@ -2166,9 +2580,9 @@ def run_stages(cfg, start: float):
     report.update(reward_model=quality, seconds=seconds)
     if RANK == 0:
         write_json(Path(cfg.out) / "report.json", report)
-    show_report(report, tables, test)
+    show_report(report, tables, test, cfg)
     say(f"\nAll is in {cfg.out}. PPO alone, with another flag: "
-        f"python ppo_rlhf.py --init_from {cfg.out} --kl_coef 0.05")
+        f"{command(argv, '--init_from', cfg.out, '--kl_coef', '0.05')}")
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ NAN = float("nan")
 NOTHING = {"prompts": [], "demos": [], "preferences": []}  # no data of one's own
 TINY = ("--n_layer 1 --n_embd 32 --n_head 2 --pretrain_steps 6 --sft_steps 6 --rm_steps 6 "
         "--rankings 12 --cycles 3 --batch_size 8 --max_new_tokens 12 --eval_every 2 "
-        "--report_replies 8").split()
+        "--report_batches 1").split()
 
 
 def small_config(*flags):
@@ -1151,7 +1151,8 @@ def test_every_column_of_metrics_csv_is_that_of_its_cycle_from_scratch(tmp_path,
         assert not expected
     assert [bool(row["validation"]) for row in rows] == [False, False, True]
     ppo.reseed(cfg, "validation")  # the last policy was validated on the same replies
-    rollouts = ppo.sample_many(actor, reference, points_by_length, PROMPTS, 16, cfg)
+    rollouts = ppo.sample_many(actor, reference, points_by_length, PROMPTS,
+                                ppo.replies_each(cfg.eval_batches, PROMPTS, cfg), cfg)
     lines = lines_of(rollouts, actor, reference, points_by_length, cfg)
     validated = mean([line["objective"] for line in lines])
     assert float(rows[-1]["validation"]) == pytest.approx(validated, abs=1e-4)
@@ -1227,7 +1228,7 @@ def test_the_xray_shows_the_numbers_of_the_formulas():
 def test_every_number_of_the_report_is_that_of_the_saved_models(run, tmp_path, capsys):
     """The saved models answer the test prompts again, with the same random numbers."""
     out, N, beta = tmp_path / "run", 8, 6.0
-    flags = ["--kl_coef", str(beta), "--report_replies", str(N)]
+    flags = ["--kl_coef", str(beta), "--report_batches", "14"]
     ppo.main([*TINY, "--init_from", str(run), *flags, "--out", str(out)])
     shown, report, cfg = capsys.readouterr().out, read_report(out), small_config(*flags)
     models = {"pretrained": ppo.load_model(ppo.ActorCritic, out / "pretrain", cfg),
@@ -1460,7 +1461,7 @@ def test_the_effective_sample_size_is_that_of_the_worst_prompt_and_below_10_no_f
 def test_the_report_of_the_small_world_agrees_with_the_exact_numbers():
     """Sampled and read by the script's own models: J(SFT), J(PPO), J*, fraction within errors."""
     N = 2000
-    cfg = letter_config(kl_coef=0.5, report_replies=N)
+    cfg = letter_config(kl_coef=0.5, report_batches=N, batch_size=len(PROMPTS))
     actor, reference = letter_actor(cfg, 3), letter_actor(cfg, 4)
     models = {"pretrained": letter_actor(cfg, 5), "sft": reference, "ppo": actor}
     report, tables = ppo.compare_models(models, human, PROMPTS, cfg)
@@ -1659,7 +1660,7 @@ def test_evaluation_report_and_xray_do_not_use_the_swap_points(run, tmp_path, mo
     assert math.isfinite(read_report(tmp_path / "run")["ppo"]["objective"])
     tokenizer, actor, _, prompts = world
     cfg = small_config(*flags)
-    assert len(ppo.validate(actor, actor, ppo.human_score, prompts, cfg)) == 16 * len(prompts)
+    assert len(ppo.validate(actor, actor, ppo.human_score, prompts, cfg)) == 3 * cfg.batch_size
     rollout = ppo.sample_and_score(actor, actor, ppo.human_score, prompts, cfg)
     assert ppo.xray(rollout, tokenizer, cfg).count("\n") >= 3
 
@@ -1859,7 +1860,8 @@ def test_learning_rates_follow_their_schedules(world, monkeypatch):
     ppo.train_supervised(copy.deepcopy(actor), ppo.imitation_loss, replies, 2, 20, 0.1, "test",
                          small_config())
     rates = [rates[0] for rates, _ in seen]
-    assert rates[:3] == pytest.approx([0, 0.05, 0.1]) and 0 < rates[-1] < 0.001
+    assert rates[:3] == pytest.approx([0.1 / 3, 0.2 / 3, 0.1]) and 0 < rates[-1] < 0.003
+    assert rates[2:] == sorted(rates[2:], reverse=True)
     seen.clear()
     cfg = small_config("--lr", "0.01", "--cycles", "4", "--ppo_epochs", "1", "--minibatches", "1")
     splits = {"train": prompts, "validation": prompts[:1]}
@@ -2130,7 +2132,7 @@ def test_every_stage_samples_replies_to_its_own_prompts_only(tmp_path, monkeypat
     ppo.main([*TINY, *flags, "--out", str(tmp_path / "run")])
     wanted = {"rankings": "train", "normalization": "train", "PPO 0": "train", "PPO 1": "train",
               "PPO 2": "train", "reward model quality": "validation", "validation": "validation",
-              "report": "test"}
+              "xray": "validation", "report": "test"}
     assert set(asked) == set(wanted)
     for purpose, name in wanted.items():
         assert set(asked[purpose]) <= set(SPLITS[name]), purpose
@@ -2147,7 +2149,7 @@ def test_every_stage_samples_replies_to_its_own_prompts_only(tmp_path, monkeypat
 def test_a_run_writes_every_file(run):
     assert sorted(path.name for path in run.iterdir()) == [
         "config.json", "metrics.csv", "policy", "pretrain", "report.json", "reward_model", "sft",
-        "state.pt"]
+        "state.pt", "xray.jsonl"]
     assert json.loads((run / "config.json").read_text())["cycles"] == 3
     report = read_report(run)
     entries = {"helpful", "warm", "honest", "harmless", "human", "reward", "kl", "objective",

@@ -9,7 +9,7 @@ A variant is an entry of the table in section 2: flags, and functions of ppo_rlh
 section 1. Each run is a process of its own, on one thread, and repeats only PPO, in 30 cycles. The claims are typed in,
 the verdicts are computed (section 4). To try something out:
 
-    python notes/experiments.py run beta --seeds 1 --flags "--cycles 3 --report_replies 8" --folder runs/trial
+    python notes/experiments.py run beta --seeds 1 --flags "--cycles 3 --report_batches 1" --folder runs/trial
 
 (after `base` with the same --seeds and --folder). Needs Linux or macOS; the figures need matplotlib.
 """
@@ -573,7 +573,7 @@ note      last: the policy of the last cycle is kept.""")
 VARIANTS = {name: variant for topic in TOPICS.values() for name, variant in topic.variants.items()}
 VARIANTS["value_clip"] = v(critic_loss=clipped_values)  # to try out; the page has no claim about it
 # The base runs train PPO too: its replies make the estimate of J* exact, and all variants are measured by that J*.
-VARIANTS["base"] = v("--cycles 30 --report_replies 512")
+VARIANTS["base"] = v("--cycles 30 --report_batches 112")
 for name, (_, swap) in VARIANTS.items():
     if unknown := swap.keys() - vars(ppo).keys():  # else the variant would be the default, without a word
         sys.exit(f"error: {name} replaces {', '.join(unknown)}, which ppo_rlhf.py does not have")
@@ -913,7 +913,7 @@ def main():
     parser.add_argument("--folder", type=Path, default=Path("runs/experiments"), help="where runs and results are kept")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
     parser.add_argument("--seeds", type=int, default=5, help="how many, from 0 on")
-    parser.add_argument("--flags", default="--cycles 30 --report_replies 64", help="of every run but the base")
+    parser.add_argument("--flags", default="--cycles 30 --report_batches 14", help="of every run but the base")
     options = parser.parse_args()
     if unknown := set(options.names) - {*TOPICS, *VARIANTS}:
         parser.error(f"unknown: {', '.join(unknown)}; topics: {', '.join(TOPICS)}; variants: {', '.join(VARIANTS)}")

@@ -23,7 +23,7 @@ from pathlib import Path
 
 SCRIPT = Path(__file__).resolve().parent.parent / "ppo_rlhf.py"
 TINY = ("--n_layer 1 --n_embd 32 --n_head 2 --pretrain_steps 30 --sft_steps 30 --rm_steps 30 --rankings 40 --cycles 12 "
-        "--batch_size 8 --max_new_tokens 12 --eval_every 3 --report_replies 8 --save_every 2 --device cpu").split()
+        "--batch_size 8 --max_new_tokens 12 --eval_every 3 --report_batches 1 --save_every 2 --device cpu").split()
 TORCHRUN = ("-m torch.distributed.run --nproc-per-node=2 --master-port=0 --rdzv-backend=c10d "
             "--rdzv-endpoint=localhost:0").split()
 LIMIT = 120  # seconds after which a process counts as hanging

@@ -12,7 +12,9 @@ is the whole prompt, so the models do not remember what you typed before.
 An end of file ends the talk (Ctrl-D; on Windows Ctrl-Z and Enter). Nothing is written to the run's
 folder.
 """
+import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where ppo_rlhf.py is
@@ -41,11 +43,14 @@ def load_score_fn(run: Path, cfg):
     return ppo.load_reward(cfg)
 
 
-def prompt_of(text: str, model, cfg) -> str:
-    """A typed line as a prompt that fits into the model."""
-    reply = ppo.Reply(text + "\n", "", True)  # all prompts of the built-in world end in \n
-    [[short]] = ppo.shorten([[reply]], model, cfg)
-    return short.prompt
+def prompt_of(text: str, model, as_message: bool, cfg) -> str:
+    """A typed line as a prompt that fits into the model, in the form in which the run had its prompts."""
+    fields = {"prompt": text + "\n"}  # all prompts of the built-in world end in \n
+    if as_message:
+        fields = {"prompt": [{"role": "user", "content": text}]}
+    line = ppo.parse_line(json.dumps(fields), "prompts", model.tokenizer)
+    [short] = ppo.shorten([line], model, cfg)
+    return short.replies[0].prompt
 
 
 def reply_to(prompt: str, model, reference, score_fn, cfg) -> str:
@@ -62,10 +67,14 @@ def talk(run: Path, flags: list[str]):
     cfg = ppo.parse_config(["--init_from", str(run), *flags])
     models = {name: ppo.load_model(ppo.ActorCritic, run / name, cfg) for name in MODELS}
     score_fn = load_score_fn(run, cfg)
+    as_message = False
+    with suppress(ppo.UserError):  # the files may be gone
+        own = ppo.read_own_data(models["sft"].tokenizer, cfg)
+        as_message = any(line.messages for line in sum(own.values(), []))
     ppo.say('Type a line, such as "I feel sad. What can I do?"; an end of file (Ctrl-D) ends.')
     ppo.reseed(cfg, "talk")
     for text in read_lines():
-        prompt = prompt_of(text, models["sft"], cfg)
+        prompt = prompt_of(text, models["sft"], as_message, cfg)
         for name, model in models.items():
             ppo.say(f"  {name:10}" + reply_to(prompt, model, models["sft"], score_fn, cfg))
 

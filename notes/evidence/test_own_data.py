@@ -43,11 +43,11 @@ def flags_of(files, names):
 
 
 def read_own(cfg):
-    own = {}
-    for flag in ppo.OWN_DATA:
-        path = getattr(cfg, flag)
-        own[flag] = ppo.read_jsonl(path, flag) if path else []
-    return own
+    return ppo.read_own_data(None, cfg)
+
+
+def as_line(replies):
+    return ppo.Line(list(replies), [], {})
 
 
 # ---- Whole runs ----------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ def test_ppo_practises_on_the_given_prompts_and_not_on_those_of_demonstrations(o
     files = dict(own_files, **{"--demos": other})
     cfg = small_config(*flags_of(files, ["--prompts", "--demos", "--preferences"]))
     data = ppo.load_data(read_own(cfg), cfg)
-    given = {replies[0].prompt for replies in read_own(cfg)["prompts"]}
+    given = {line.replies[0].prompt for line in read_own(cfg)["prompts"]}
     for prompts in data.prompts.values():
         assert prompts and set(prompts) <= given
 
@@ -145,16 +145,19 @@ def test_a_preference_without_prompt_is_split_at_a_word(ranked, tmp_path):
     talk = "\n\nHuman: Hello there\n\nAssistant: I"
     texts = [talk + " think so.", talk + "t is late."]
     line = {"ranked": texts} if ranked else dict(zip(["chosen", "rejected"], texts))
-    [replies] = ppo.read_jsonl(write_jsonl(tmp_path / "hh.jsonl", [line]), "preferences")
+    [line] = ppo.read_jsonl(write_jsonl(tmp_path / "hh.jsonl", [line]), "preferences")
     prompt = "\n\nHuman: Hello there\n\nAssistant: "
-    assert replies == [ppo.Reply(prompt, "I think so.", True),
+    assert line.replies == [ppo.Reply(prompt, "I think so.", True),
                        ppo.Reply(prompt, "It is late.", True)]
 
 
-def test_without_a_common_beginning_the_prompt_is_empty(tmp_path):
-    path = write_jsonl(tmp_path / "pairs.jsonl", [{"chosen": "Yes.", "rejected": "Never."}])
-    [replies] = ppo.read_jsonl(path, "preferences")
-    assert replies == [ppo.Reply("", "Yes.", True), ppo.Reply("", "Never.", True)]
+def test_without_a_common_beginning_the_prompt_is_empty_and_not_in_all_lines(tmp_path):
+    pairs = [{"chosen": "Yes.", "rejected": "Never."}, {"chosen": "Q: a", "rejected": "Q: b"}]
+    first, second = ppo.read_jsonl(write_jsonl(tmp_path / "pairs.jsonl", pairs), "preferences")
+    assert first.replies == [ppo.Reply("", "Yes.", True), ppo.Reply("", "Never.", True)]
+    assert second.replies == [ppo.Reply("Q: ", "a", True), ppo.Reply("Q: ", "b", True)]
+    with pytest.raises(ppo.UserError, match="no line has a prompt: chosen and rejected begin alike"):
+        ppo.read_jsonl(write_jsonl(tmp_path / "pairs.jsonl", pairs[:1]), "preferences")
 
 
 # ---- Cutting what is too long --------------------------------------------------------------------
@@ -191,12 +194,12 @@ def test_no_text_is_longer_than_its_room_and_a_cut_reply_has_no_eos(world):
     for start in range(0, 1500, 40):
         prompt = text[start:1500 + start % 700]
         replies = [text[b:b + rng.randrange(60)] + "x" for b in (start + 1, start + 2)]
-        lines.append([ppo.Reply(prompt, reply, True) for reply in replies])
+        lines.append(as_line(ppo.Reply(prompt, reply, True) for reply in replies))
     short = ppo.shorten(lines, actor, cfg)
     assert len(short) == len(lines)
     finished = set()
-    for replies, before in zip(short, lines):
-        for reply, old in zip(replies, before):
+    for line, before in zip(short, lines):
+        for reply, old in zip(line.replies, before.replies):
             assert len(tokenizer(reply.prompt).input_ids) <= 256 - 20
             assert len(tokenizer(reply.text).input_ids) <= 19
             assert old.prompt.endswith(reply.prompt) and old.text.startswith(reply.text)
@@ -207,7 +210,8 @@ def test_no_text_is_longer_than_its_room_and_a_cut_reply_has_no_eos(world):
 
 def test_a_very_long_prompt_keeps_its_end_and_a_very_long_reply_its_beginning(world):
     text = " ".join(str(i) for i in range(20_000))
-    [[reply]] = ppo.shorten([[ppo.Reply(text, text, True)]], world[1], small_config())
+    [line] = ppo.shorten([as_line([ppo.Reply(text, text, True)])], world[1], small_config())
+    [reply] = line.replies
     assert reply.prompt.endswith(" 19998 19999") and reply.text.startswith("0 1 2 ")
     assert len(world[0](reply.prompt).input_ids) > 200
 
@@ -215,8 +219,8 @@ def test_a_very_long_prompt_keeps_its_end_and_a_very_long_reply_its_beginning(wo
 def test_replies_that_became_equal_are_no_ranking_any_more(world):
     same = [ppo.Reply("Hi\n", "very " * 40 + end, True) for end in ("good", "bad")]
     different = [ppo.Reply("Hi\n", end + " very" * 40, True) for end in ("good", "bad")]
-    short = ppo.shorten([same, different], world[1], small_config())
-    assert len(short) == 1 and [reply.text[:3] for reply in short[0]] == ["goo", "bad"]
+    [line] = ppo.shorten([as_line(same), as_line(different)], world[1], small_config())
+    assert [reply.text[:3] for reply in line.replies] == ["goo", "bad"]
 
 
 @pytest.mark.parametrize("word", [

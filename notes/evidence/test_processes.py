@@ -73,7 +73,7 @@ make_report, arguments = ppo.make_report, []
 ppo.make_report = lambda *args: arguments.extend(args) or make_report(*args)
 models = {"pretrained": actor, "sft": ppo.frozen(actor), "ppo": fresh}
 def score(prompts): return [float(len(prompt)) for prompt in prompts]
-cfg.report_replies = 5
+cfg.report_batches, cfg.batch_size = 1, 15  # 5 replies to each prompt
 report, _ = ppo.compare_models(models, score, prompts, cfg)
 result["report"] = report["ppo"]["reward"], report["optimum"]["objective"]
 result["tables"], result["log_ratios"] = arguments[:2]
@@ -219,8 +219,6 @@ try:
     ppo.main(flags)
 except KeyboardInterrupt:
     assert groups == [4, 4] and sum(sums) > 0
-    dist.barrier()
-    dist.destroy_process_group()
 else:
     raise AssertionError("not stopped")
 '''
@@ -250,7 +248,7 @@ def test_a_swapped_baseline_and_a_price_run_in_two_processes_up_to_the_report(sw
 
 def test_ctrl_c_in_one_process_stops_both_after_the_cycle_and_both_go_on(swapped):
     out, stopped, state, _ = swapped
-    assert stopped.count(f"--resume {out}") == 1 and "RESULT on" not in stopped
+    assert stopped.count(f"main(['--resume', '{out}'])") == 1 and "RESULT on" not in stopped
     assert stopped.count("X-RAY") == 1  # one process speaks for both
     assert state["cycle"] == 2
     assert [row["cycle"] for row in read_metrics(out)] == ["1", "2", "3"]

@@ -96,7 +96,7 @@ def test_a_reply_that_occurs_twice_is_scored_once():
 def test_an_error_of_the_reward_function_in_ppo_names_the_cycle(run, tmp_path):
     (tmp_path / "my.py").write_text(
         "def once(completions):\n"
-        "    if 1 < len(completions) <= 8:\n"  # a batch of PPO; before it come larger ones
+        "    if 4 < len(completions) <= 8:\n"  # a batch of PPO; before it comes an X-ray of four
         "        raise KeyError('no such word')\n"
         "    return [1.0] * len(completions)\n")
     flags = ["--init_from", str(run), "--reward", f"{tmp_path}/my.py:once"]

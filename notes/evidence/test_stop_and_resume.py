@@ -134,7 +134,7 @@ def test_ctrl_c_in_a_stage_before_ppo_stops_at_once_and_the_stage_is_repeated(
         with pytest.raises(KeyboardInterrupt):
             ppo.main([*TINY, "--out", str(out)])
     assert not went_on
-    assert f"stopped; to go on: python {sys.argv[0]} --resume {out}\n" in capsys.readouterr().out
+    assert f"stopped; to go on: main(['--resume', '{out}'])\n" in capsys.readouterr().out
     assert sorted(path.name for path in out.iterdir()) == ["config.json", "pretrain", "sft"]
     before = snapshot(out / "sft")
     ppo.main(["--resume", str(out)])
@@ -150,7 +150,7 @@ def test_ctrl_c_in_ppo_waits_for_the_end_of_the_cycle_and_saves(run, tmp_path, m
         call_at("PPO 1", press_ctrl_c, patch)
         with pytest.raises(KeyboardInterrupt):
             ppo.main([*TINY, "--save_every", "9", "--out", str(out)])
-    assert f"stopped; to go on: python {sys.argv[0]} --resume {out}\n" in capsys.readouterr().out
+    assert f"stopped; to go on: main(['--resume', '{out}'])\n" in capsys.readouterr().out
     assert read_state(out)["cycle"] == len(read_metrics(out)) == 2
     ppo.main(["--resume", str(out)])
     same_results(run, out)
@@ -359,7 +359,7 @@ def test_a_disk_that_is_full_when_a_stage_is_saved_leaves_no_half_model(run, tmp
                                                                         monkeypatch):
     out = tmp_path / "run"
 
-    def full(tensors, path):
+    def full(tensors, path, metadata):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:

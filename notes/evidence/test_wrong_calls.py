@@ -50,7 +50,7 @@ WRONG_FILES = {
     "raises.py": "1 / 0\n",
     "rewards.py": """
 number = 3
-def positional(prompts, replies): return [0.0] * len(replies)
+def other_names(questions, answers): return [0.0] * len(answers)
 def only_positional(prompts, completions, /): return [0.0] * len(completions)
 def fails(completions): return [1 / len(text) for text in completions]
 def asserts(**kwargs): assert False
@@ -85,7 +85,8 @@ WRONG_CALLS = """
 --sft_lr 0 | --rm_lr inf | --n_layer 2.5 | --n_layer 0 | --n_layer -1 | --n_embd 0 | --n_head 0
 --n_head 7 | --seed -1 | --seed one | --seed 1e3 | --pretrain_steps -1 | --sft_steps -1
 --rm_steps -1 | --rm_steps 1.5 | --cycles -1 | --cycles nan | --rankings 0 | --label_noise -1
---label_noise inf | --save_every 0 | --eval_every 0 | --report_replies 0 | --report_replies -3
+--label_noise inf | --save_every 0 | --eval_every 0 | --report_batches 0 | --eval_batches 0
+--report_batches -3
 --micro_batch_size 0 | --batch_size 0 | --batch_size -8 | --replies_per_prompt 0
 --replies_per_prompt 3 | --minibatches 0 | --minibatches 3 | --minibatches 16 | --ppo_epochs 0
 --temperature 0 | --temperature -1 | --temperature nan | --temperature inf | --lam 1.5 | --lam -0.1
@@ -94,14 +95,14 @@ WRONG_CALLS = """
 --missing_eos_penalty inf | --max_grad_norm 0 | --bf16 maybe | --whiten_advantages 2
 --max_new_tokens 0 | --max_new_tokens 225 | --max_new_tokens 1000 | --device abacus
 --device cuda:99 | --device meta | --kl_target 1 | --value_clip 0.2 | --talk R
---optimum_samples 8 | --gradient_checkpointing true | --whiten_rewards true
+--optimum_samples 8 | --report_replies 8 | --gradient_checkpointing true | --whiten_rewards true
 
 --out F/ten.jsonl | --out F/not_empty | --out R | --out F/ten.jsonl/below | --out /proc/nobody/may
 --out F/NAME_TOO_LONG | --model F/nothing | --model F/no_run | --model F/half_model
 --model F/no_json | --model F/ten.jsonl | --model no/such-model | --model= => --model
 --reward= => --reward | --reward nobody | --reward F/no_run | --reward F/half_model
 --reward F/nothing.py:f | --reward F/rewards.py | --reward F/rewards.py:missing
---reward F/rewards.py:number | --reward F/rewards.py:positional
+--reward F/rewards.py:number | --reward F/rewards.py:other_names
 --reward F/rewards.py:only_positional | --reward F/rewards.py:fails | --reward F/rewards.py:asserts
 --reward F/rewards.py:two_lines | --reward F/rewards.py:nan | --reward F/rewards.py:infinite
 --reward F/rewards.py:none | --reward F/rewards.py:one_none | --reward F/rewards.py:short
