@@ -1915,6 +1915,7 @@ def try_model(lm):
           "this architecture takes no position_ids or logits_to_keep")
     with torch.no_grad():
         logits = lm(input_ids=torch.tensor([[0, 1], [0, 2]]),
+                    attention_mask=torch.ones(2, 2, dtype=torch.long),
                     position_ids=torch.tensor([[0, 1], [0, 1]])).logits                 # [2,2,V]
     check(logits.amax(dim=-1).isfinite().all(),
           "it computes NaN or infinity before any training; its weights are damaged")

@@ -14,6 +14,7 @@ import json
 import math
 import re
 import sys
+import tempfile
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -100,7 +101,9 @@ COLUMNS = {
     "approx_kl": ("approx_kl", 4),
     "value_loss": ("value_loss", 3),
     "explained_variance": ("explained_variance", 2),
-    "policy_loss": ("policy_loss", 3)}
+    "policy_loss": ("policy_loss", 3),
+    "train": ("reward, sums of the training", 2),
+    "test": ("reward, new sums", 2)}
 
 
 def table(columns, rows):
@@ -522,8 +525,41 @@ def exercise_21():
     return table("reply_length, human, reward, kl, helpful, warm", rows)
 
 
+def right_sum(completions, answer, **others):
+    """1 if the reply ends with the answer, which stands in the file of the prompts."""
+    scores = []
+    for completion, wanted in zip(completions, answer):
+        words = completion.strip(" .").split()
+        scores.append(float(words[-1:] == [str(wanted)]))
+    return scores
+
+
+def exercise_22():
+    """A whole run: its SFT model has read sums, and no English."""
+    sums, cycles = Path(__file__).parent / "examples/sums", str(3 * settings().cycles)
+    with tempfile.TemporaryDirectory() as folder:
+        run = str(Path(folder) / "run")
+        with contextlib.redirect_stdout(io.StringIO()):
+            ppo.main(["--prompts", str(sums / "prompts.jsonl"), "--demos", str(sums / "demos.jsonl"),
+                      "--reward", f"{__file__}:right_sum", "--kl_coef", "0.02", "--cycles", cycles,
+                      "--eval_every", cycles, "--out", run])
+        cfg = ppo.parse_config(["--init_from", run])
+        own = ppo.read_own_data(None, cfg)
+        prompts, score_fn = ppo.load_data(own, cfg).prompts, ppo.with_columns(right_sum, own)
+        sft = ppo.load_model(ppo.ActorCritic, Path(run) / "sft", cfg)
+        policy = ppo.load_model(ppo.ActorCritic, Path(run) / "policy", cfg)
+    rows = {}
+    for name, model in {"SFT": sft, "PPO": policy}.items():
+        ppo.reseed(cfg, "report")
+        seen = rows[name] = {}
+        for part in ["train", "test"]:
+            lines = ppo.evaluate(model, sft, score_fn, prompts[part], 32, cfg)
+            seen[part] = ppo.mean([line["reward"] for line in lines])
+    return table("train, test", rows)
+
+
 # ==================================================================================================
-EXERCISES = {str(n): globals()[f"exercise_{n}"] for n in range(1, 22)}
+EXERCISES = {str(n): globals()[f"exercise_{n}"] for n in range(1, 23)}
 
 
 def write(number, result):
@@ -539,7 +575,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("exercise", nargs="+", choices=[*EXERCISES, "all"], metavar="N",
-                        help="1 to 21, or all")
+                        help="1 to 22, or all")
     parser.add_argument("--init_from", required=True, help="folder of an earlier run")
     parser.add_argument("--cycles", default="30", help="of PPO in each run")
     parser.add_argument("--write", action="store_true", help="put the tables into exercises.md")

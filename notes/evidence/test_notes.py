@@ -270,14 +270,21 @@ def test_the_programs_on_a_page_run(page, run, tmp_path, monkeypatch, capsys):
         assert replaced and (out / "report.json").is_file()
 
 
-def test_the_reward_function_in_the_readme_is_one():
-    [block] = [block for block in blocks(read(HERE / "README.md"), "python") if "reward" in block
-               and "main()" not in block]
-    namespace = {}
-    exec(block, namespace)
-    [score_fn] = [x for x in namespace.values() if getattr(x, "__code__", None)]
-    scores = ppo.ask_score_fn(score_fn, [ppo.Reply("Hi\n", "word " * n, True) for n in (1, 10)])
-    assert all(math.isfinite(score) for score in scores)
+def test_the_reward_functions_on_the_page_are_such():
+    """Each gives one number per reply, and not the same to all."""
+    replies = ["It is 7.", "7 or 8, who knows"]
+    given = {"prompts": ["3 + 4 =\n"] * 2, "completions": replies, "finished": [True, True],
+             "answer": [7, 7]}
+    count = 0
+    for block in blocks(read(NOTES / "use.md"), "python"):
+        namespace = {}
+        if "main(" not in block:
+            exec(block, namespace)
+            [score_fn] = [x for x in namespace.values() if getattr(x, "__code__", None)]
+            scores = ppo.call_by_name(score_fn, given)
+            assert len(scores) == 2 and scores[0] != scores[1]
+            count += 1
+    assert count == 2
 
 
 # ==================================================================================================
