@@ -642,7 +642,7 @@ def make_optimizer(actor, cfg):
     Two constants differ from Adam's usual ones (0.999, 1e-8). Late in training most gradients are
     small, and a rare bad reply has a large one. With 0.999, Adam's mean of squared gradients reacts
     so slowly that this step is up to three learning rates long, and other replies get worse. With
-    eps 1e-5, usual in PPO, rounding noise moves nothing. notes/trust.md has the figures.
+    eps 1e-5, usual in PPO, rounding noise moves nothing. notes/evidence/trust.md has the figures.
     """
     groups = [{"params": actor.lm.parameters(), "lr": cfg.lr},
               {"params": actor.head.parameters(), "lr": 10 * cfg.lr}]
@@ -824,9 +824,9 @@ def train_reward_model(sft, data: Data, cfg) -> RewardModel:
     train_supervised(model, reward_model_loss, rankings, 4, cfg.rm_steps, cfg.rm_lr,
                      "reward model", cfg)
     rng = reseed(cfg, "normalization")
+    prompts = rng.choices(data.prompts["train"], k=10 * cfg.batch_size)
     replies = []
-    for group in sample_groups(sft, rng.choices(data.prompts["train"], k=10 * cfg.batch_size), 1,
-                               cfg):
+    for group in sample_groups(sft, prompts, 1, cfg):
         replies += group
     normalize(model, replies)
     return model

@@ -863,7 +863,7 @@ alone. This estimate is coarser than the present one, which takes half of the re
 errs on the low side. So a fraction on this page may be a little too high, by the same share in all variants of a seed;
 the differences between variants hardly depend on it. The runs are also older than one change of PPO itself: its Adam
 had the usual constants (0.9, 0.999; 1e-8), not the present ones (0.9, 0.95; 1e-5), which make long steps rarer.
-[trust.md](trust.md) compares the two."""
+[trust.md](evidence/trust.md) compares the two."""
 SIGNS = {"<": "below", ">": "above", "=": "as", "!": "unlike"}
 
 

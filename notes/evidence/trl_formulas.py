@@ -2,7 +2,7 @@
 
     python -m venv trl-env
     trl-env/bin/pip install torch==2.13.0 transformers==5.23.0 trl==1.12.0
-    trl-env/bin/python notes/trl_formulas.py          # from the repository's root; half a minute
+    trl-env/bin/python notes/evidence/trl_formulas.py          # from the repository's root; half a minute
 
 Of TRL's PPO (trl.experimental.ppo), most stands inside one method, PPOTrainer.train. No formula of it is typed again
 here: `passage` cuts statements out of the installed source and compiles them as they are; what is a function there is
@@ -29,7 +29,7 @@ from unittest.mock import patch
 os.environ |= {"TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
                "CUDA_VISIBLE_DEVICES": ""}
 warnings.filterwarnings("ignore")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402

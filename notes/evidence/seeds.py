@@ -1,9 +1,9 @@
 """The default run with many seeds: how much of the optimum it reaches, how good its replies are for the human, its KL.
 
-    python notes/seeds.py                           # seeds 0 to 19, about a minute each on two cores
-    python notes/seeds.py --seeds 5 --jobs 2        # fewer; two at a time, each on one thread
+    python notes/evidence/seeds.py                           # seeds 0 to 19, about a minute each on two cores
+    python notes/evidence/seeds.py --seeds 5 --jobs 2        # fewer; two at a time, each on one thread
 
-Runs that --folder holds already are not repeated. Prints the tables of notes/trust.md.
+Runs that --folder holds already are not repeated. Prints the tables of notes/evidence/trust.md.
 """
 import argparse
 import json
@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 
-SCRIPT = Path(__file__).parent.parent / "ppo_rlhf.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "ppo_rlhf.py"
 COLUMNS = {  # of the table: where report.json has it. `effective samples` is that of the worst prompt
     "fraction": ("optimum", "fraction"), "its error": ("optimum", "fraction_error"),
     "effective samples": ("optimum", "effective_sample_size"),

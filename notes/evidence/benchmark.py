@@ -1,8 +1,8 @@
 """Seconds and memory of a PPO cycle: ours, bare calls of the same model, its matrix products alone, another program's.
 
-    python notes/benchmark.py                              # everything; half an hour or more on two idle cores
-    python notes/benchmark.py --sizes tiny --reply_tokens 24 96 384 --batch_sizes 64 --turns 3 --threads 2
-    python notes/benchmark.py --peer "PYTHON PEER.py"      # beside another program
+    python notes/evidence/benchmark.py                              # everything; half an hour or more on two idle cores
+    python notes/evidence/benchmark.py --sizes tiny --reply_tokens 24 96 384 --batch_sizes 64 --turns 3 --threads 2
+    python notes/evidence/benchmark.py --peer "PYTHON PEER.py"      # beside another program
 
 THE WORKLOAD: GPT-2 with random weights, B random prompts of 10 tokens, replies of exactly T tokens, a reward model of
 the policy's size, 4 epochs of 2 minibatches, float32, no dropout, temperature 1.
@@ -58,7 +58,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import ppo_rlhf as ppo  # noqa: E402
 
 PROMPT = 10

@@ -1,8 +1,8 @@
 """What can go wrong while the script runs, done to real processes; a line per fault, PASS or FAIL.
 
-    python notes/faults.py                        # all of them: 5 to 15 minutes on two cores
-    python notes/faults.py kill --times 3         # one experiment: kill, disk, folder, reward, hang or processes
-    python notes/faults.py --seed 1               # other random moments
+    python notes/evidence/faults.py                        # all of them: 5 to 15 minutes on two cores
+    python notes/evidence/faults.py kill --times 3         # one experiment: kill, disk, folder, reward, hang or processes
+    python notes/evidence/faults.py --seed 1               # other random moments
 
 PASS means: the fault ends as promised (one line on stderr and exit code 2, or what the line says), within seconds.
 After it was mended, `--resume` ends like a run that was never disturbed: the same metrics.csv apart from the seconds,
@@ -21,7 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
-SCRIPT = Path(__file__).resolve().parent.parent / "ppo_rlhf.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "ppo_rlhf.py"
 TINY = ("--n_layer 1 --n_embd 32 --n_head 2 --pretrain_steps 30 --sft_steps 30 --rm_steps 30 --rankings 40 --cycles 12 "
         "--batch_size 8 --max_new_tokens 12 --eval_every 3 --report_batches 1 --save_every 2 --device cpu").split()
 TORCHRUN = ("-m torch.distributed.run --nproc-per-node=2 --master-port=0 --rdzv-backend=c10d "
