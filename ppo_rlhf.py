@@ -59,6 +59,7 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import combinations
@@ -419,9 +420,8 @@ class ActorCritic(HeadedModel):
         positions = position_ids(mask)[:, -ids.shape[1]:]  # of the newest tokens
         out = self.lm(input_ids=ids, attention_mask=mask.long(), position_ids=positions,
                       past_key_values=cache, use_cache=True, logits_to_keep=1)
-        logits = out.logits[:, -1].float()                                              # [B,V]
-        check_logits(logits)
-        return logits, out.past_key_values
+        check_logits(out.logits[:, -1])
+        return out.logits[:, -1].float(), out.past_key_values
 
 
 class RewardModel(HeadedModel):
@@ -1275,7 +1275,7 @@ def warn_if_constant(table: list[dict]):
     """Warn if all replies in a table of `describe` have one score. Only the penalty may differ."""
     ends = {line["finished"] for line in table}
     outcomes = {(line["finished"], line["reward"]) for line in table}
-    if len(outcomes) == len(ends):
+    if len(outcomes) == len(ends) and len(table) > 2 * len(ends):
         say("warning: the reward is the same for all replies, so PPO learns nothing from it")
 
 
@@ -1638,12 +1638,14 @@ def parse_line(row: str, flag: str, tokenizer=None) -> Line:
     with explain("this is not JSON", ValueError):
         fields = json.loads(row)
     check(isinstance(fields, dict), "this is JSON, but not an object {...}")
+    check(fields.get("prompt", "") is not None, "`prompt` is null; give a text, or leave it out")
     with explain(f"its fields are {', '.join(fields)}, but --{flag} needs others (see --help)",
                  KeyError):
         if flag == "prompts":
             prompt, texts = fields["prompt"], [""]
         elif flag == "demos" and "messages" in fields:
             prompt, texts = None, [fields["messages"]]
+            check(isinstance(texts[0], list), "`messages` must be a list of messages")
         elif flag == "demos":
             prompt, texts = fields["prompt"], [fields["completion"]]
         elif "ranked" in fields:
@@ -1677,19 +1679,36 @@ def render(prompt, replies: list, tokenizer) -> tuple[list, str, list[str]]:
     for reply in replies:
         plain = isinstance(reply, str)
         conversations.append([{"role": "assistant", "content": reply}] if plain else reply)
+        check_messages(conversations[-1])
     if not isinstance(prompt, list):
-        prompt = conversations[0][:-1] or [{"role": "user", "content": prompt}]
+        text, prompt = prompt, conversations[0][:-1]
+        check(prompt or text is not None, "before a reply of the assistant the user must say "
+              "something")
+        prompt = prompt or [{"role": "user", "content": text}]
+        check(text in (None, prompt[-1]["content"]), "prompt and replies are of different "
+              "conversations")
+    check_messages(prompt)
     prompt_text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     texts = []
     for messages in conversations:
-        if messages[0]["role"] == "assistant":
+        if len(messages) == 1:  # the reply alone
             messages = prompt + messages
+        check(messages[:-1] == prompt, "its replies belong to different conversations")
+        check(messages[-1]["role"] == "assistant", "its last message is not of the assistant")
         text = tokenizer.apply_chat_template(messages, tokenize=False)
-        check(messages[:len(prompt)] == prompt, "its replies belong to different conversations")
         check(text.startswith(prompt_text), "the chat template changes the prompt once it has a "
               "reply; write plain texts")
         texts.append(text.removeprefix(prompt_text))
     return prompt, prompt_text, [""] if replies == [""] else texts
+
+
+def check_messages(messages):
+    """Many chat templates print nothing, or "None", for what is missing in a message."""
+    check(isinstance(messages, list) and messages, "a conversation has at least one message")
+    for message in messages:
+        fine = isinstance(message, dict) and all(
+            isinstance(message.get(name), str) for name in ("role", "content"))
+        check(fine, f"{message!r} is no message: it must have a `role` and a `content`, both texts")
 
 
 def common_prompt(texts: list[str]) -> str:
@@ -1729,7 +1748,7 @@ def without_marks(reply: Reply, tokenizer) -> Reply:
     prompt, text = reply.prompt, reply.text
     if text.rstrip().endswith(tokenizer.eos_token):
         text = text.rstrip().removesuffix(tokenizer.eos_token)
-    if tokenizer.bos_token and tokenizer("a").input_ids[0] == tokenizer.bos_token_id:
+    if tokenizer.bos_token and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]:
         prompt = prompt.removeprefix(tokenizer.bos_token)
     return Reply(prompt, text, reply.finished)
 
@@ -1759,7 +1778,12 @@ def cut(text: str, room: int, tokenizer, keep_end: bool = False) -> str:
 def positions_of(model) -> int:
     """How many tokens a model can read."""
     config = model.config.get_text_config()
-    return getattr(config, "max_position_embeddings", None) or 1_000_000
+    positions = getattr(config, "max_position_embeddings", None) or 1_000_000
+    for module in model.modules():  # RoBERTa's begin behind that of the padding
+        table = getattr(module, "position_embeddings", None)
+        if getattr(table, "padding_idx", None) is not None:
+            return positions - table.padding_idx - 1
+    return positions
 
 
 def shorten(lines: list[Line], model, cfg) -> list[Line]:
@@ -1777,7 +1801,8 @@ def shorten(lines: list[Line], model, cfg) -> list[Line]:
             replies.append(Reply(short_prompt, short_text, short_text == text))
         if short_prompt != prompt or not all(reply.finished for reply in replies):
             cuts += 1
-        if len(set(replies)) == len(replies):  # cut replies may have become equal
+        empty = len(replies) == 1 and line.replies[0].text and not replies[0].text
+        if len(set(replies)) == len(replies) and not empty:  # they may have become so
             short.append(line._replace(replies=replies))
     if cuts:
         say(f"{cuts} of {len(lines)} lines cut to fit --max_new_tokens {cfg.max_new_tokens} "
@@ -1879,6 +1904,7 @@ def load_tokenizer(source: str | Path):
     """The tokenizer of a folder or a hub id. EOS and padding are made two tokens (N1)."""
     with explain(NO_MODEL.format(source), Exception):
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
+        check(tokenizer("a").input_ids, "its tokenizer knows no text; are files of it missing?")
         check(tokenizer("a").input_ids[-1:] != [tokenizer.eos_token_id],
               "its tokenizer ends prompts, too, with EOS")
     tokenizer.add_special_tokens({"eos_token": tokenizer.eos_token or "<eos>"})
@@ -1917,7 +1943,8 @@ def try_model(lm):
         logits = lm(input_ids=torch.tensor([[0, 1], [0, 2]]),
                     attention_mask=torch.ones(2, 2, dtype=torch.long),
                     position_ids=torch.tensor([[0, 1], [0, 1]])).logits                 # [2,2,V]
-    check(logits.amax(dim=-1).isfinite().all(),
+    finite = logits.amax(dim=-1).isfinite().all()
+    check(finite and all(parameter.isfinite().all() for parameter in lm.parameters()),
           "it computes NaN or infinity before any training; its weights are damaged")
     check(torch.allclose(logits[0, 0], logits[1, 0], rtol=1e-3, atol=1e-3),
           "it is no causal language model: its output depends on later tokens")
@@ -1944,13 +1971,14 @@ def load_reward(cfg, own: dict[str, list[Line]] | None = None):
         return human_score
     file, _, name = cfg.reward.rpartition(":")
     with explain(f"--reward {cfg.reward} is not model, human, file.py:function, the reward_model "
-                 "folder of a run, or a classifier", Exception):
+                 "folder of a run, or a classifier", Exception, SystemExit):
         if file.endswith(".py"):
             score_fn = getattr(load_module(Path(file)), name)
-            return with_columns(score_fn, own) if own else score_fn
-        if Path(cfg.reward, "heads.safetensors").is_file():
+        elif Path(cfg.reward, "heads.safetensors").is_file():
             return frozen(load_model(RewardModel, Path(cfg.reward), cfg)).score
-        return load_classifier(cfg)
+        else:
+            return load_classifier(cfg)
+    return with_columns(score_fn, own) if own else score_fn
 
 
 def load_module(path: Path):
@@ -1958,7 +1986,8 @@ def load_module(path: Path):
     processes, which will import it by its name."""
     name, path = path.stem, path.resolve()
     if name in sys.modules:
-        check(sys.modules[name].__file__ == str(path), "Python has a module of that name; rename it")
+        check(getattr(sys.modules[name], "__file__", "") == str(path),
+              "Python has a module of that name; rename it")
         return sys.modules[name]
     sys.path.insert(0, str(path.parent))
     spec = importlib.util.spec_from_file_location(name, path)
@@ -2009,9 +2038,13 @@ def with_columns(score_fn, own: dict[str, list[Line]]):
     the true answers. If the file has messages, score_fn gets prompts and completions as messages.
     `replies` are the completions as texts, in any case.
     """
-    known = {}
+    known, first = {}, {}
     for line in own["prompts"] + own["preferences"] + own["demos"]:
         known.setdefault(line.replies[0].prompt, line)
+    for line in own["prompts"]:
+        prompt, given = line.replies[0].prompt, dict(line.fields, prompt="")
+        check(first.setdefault(prompt, given) == given, f"--prompts {prompt[-60:]!r} stands there "
+              "twice, and the further fields, such as the answer, differ")
     columns = list(dict.fromkeys(name for line in own["prompts"] for name in line.fields))
     nothing = Line([], [], {})
 
@@ -2041,8 +2074,11 @@ def ask_score_fn(score_fn, replies: list[Reply]) -> list[float]:
         "completions": list(completions),
         "finished": list(finished)}
     example = unique[0].text[:50]
-    with explain(f"--reward failed{WHERE[0]} on replies such as {example!r}", Exception):
-        scores = list(call_by_name(score_fn, given))
+    with explain(f"--reward failed{WHERE[0]} on replies such as {example!r}", Exception,
+                 SystemExit), torch.no_grad():
+        scores = call_by_name(score_fn, given)
+        check(not isinstance(scores, dict), "it returned a dict; give a list of numbers")
+        scores = list(scores)
         check(len(scores) == len(unique), f"{len(scores)} scores for {len(unique)} replies")
         for reply, score in zip(unique, scores):
             check(score is not None and math.isfinite(score),
@@ -2151,6 +2187,7 @@ def parse_config(argv=None) -> Config:
 
     A flag has the value given, or that of the run in --resume or --init_from, or the default.
     """
+    argv = argv if argv is None else [str(word) for word in argv]
     parser = HfArgumentParser(Config, usage="python ppo_rlhf.py [--FLAG VALUE ...]",
                               allow_abbrev=False)
     parser.error = refuse
@@ -2228,8 +2265,8 @@ def repeat_each(items: list, count: int) -> list:
 
 def say(text=""):
     """print without damage to a progress bar. One process speaks for all."""
-    if RANK == 0:
-        encoding = sys.stdout.encoding or "utf-8"
+    if RANK == 0 and sys.stdout:
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         text = text.encode(encoding, "replace").decode(encoding)  # not all terminals know Chinese
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
@@ -2258,7 +2295,7 @@ def reseed(cfg, purpose: str) -> random.Random:
 #     cycles_to_do      whether Ctrl-C was pressed in one of them
 # After an update all have the same weights, because they began with the same weights and added the
 # same gradient. Only process 0 prints and writes.
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+RANK, WORLD = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def moments(x, mask) -> tuple[float, float]:
@@ -2494,8 +2531,10 @@ def main(argv=None):
           "pip install -r requirements.txt")
     check(WORLD == 1 or {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys(),
           "WORLD_SIZE is set, but torchrun did not start this program; unset it, or use torchrun")
+    check(WORLD > 1 or RANK == 0,
+          "RANK is set, but torchrun did not start this program; unset it, or use torchrun")
     cfg = parse_config(argv)
-    with libraries_set():
+    with libraries_set(), torch.enable_grad():
         if WORLD > 1:
             dist.init_process_group("nccl" if cfg.device.startswith("cuda") else "gloo")
         try:
@@ -2529,10 +2568,12 @@ def libraries_set():
         hub.setLevel(hub_level)
         if bars:
             logging.enable_progress_bar()
-        added = set(sys.path) - set(path)  # the folder of the reward function, see load_module
+        added = Counter(sys.path) - Counter(path)  # the reward function's folder, see load_module
         sys.path[:] = path
         for name in set(sys.modules) - modules:
-            if os.path.dirname(getattr(sys.modules[name], "__file__", None) or "") in added:
+            file = getattr(sys.modules[name], "__file__", None) or ""
+            if file.startswith(tuple(f"{folder}{os.sep}" for folder in added)) and (
+                    "site-packages" not in file):
                 del sys.modules[name]  # the next run may have another file of that name
 
 

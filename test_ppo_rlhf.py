@@ -608,6 +608,25 @@ def test_nan_in_padding_changes_nothing(world):
     assert not weights_equal(actor, weights)
 
 
+def test_nan_in_padding_reaches_no_gradient_of_the_losses():
+    """A loss can be right and its gradient NaN. Each tensor has NaN alone, and all together."""
+    mask, *tensors = random_rollout_tensors(T=20)
+    losses = {
+        "policy": lambda x, old, weights: ppo.policy_loss(x, old, weights, mask, 0.2)[0],
+        "value": lambda x, old, returns: ppo.value_loss(x, returns, mask),
+        "clipped value": lambda x, old, returns: ppo.value_loss(x, returns, mask, old, 0.5)}
+    for name, loss in losses.items():
+        clean = None
+        for dirty in [(), (0,), (1,), (2,), (0, 1, 2)]:
+            x, *others = [with_nan(tensors[i], mask) if i in dirty else tensors[i]
+                          for i in range(3)]
+            x = x.clone().requires_grad_()
+            (gradient,) = torch.autograd.grad(loss(x, *others), x)
+            clean = gradient if clean is None else clean
+            assert torch.equal(gradient, clean), (name, dirty)
+        assert clean[mask].abs().sum() > 0 and (clean[~mask] == 0).all()
+
+
 def test_values_of_real_states_do_not_depend_on_the_hidden_states_of_the_padding():
     head = small_actor().head
     mask, *_ = random_rollout_tensors()

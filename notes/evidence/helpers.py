@@ -4,6 +4,7 @@ import json
 import os
 
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import ppo_rlhf as ppo
 from test_ppo_rlhf import read_metrics
@@ -24,6 +25,29 @@ def jsonl(*lines):
 def write_jsonl(path, lines):
     path.write_text(jsonl(*lines), encoding="utf-8")
     return str(path)
+
+
+def read_jsonl(folder, flag, *lines, tokenizer=None):
+    """What the script reads from these lines."""
+    return ppo.read_jsonl(write_jsonl(folder / f"{flag}.jsonl", lines), flag, tokenizer)
+
+
+def with_chat_template(tokenizer, beginning=""):
+    """<user>Hello<assistant>Hello!<eos>"""
+    tokenizer.chat_template = beginning + (
+        "{% for message in messages %}<{{ message.role }}>{{ message.content }}"
+        "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}")
+    return tokenizer
+
+
+def save_chat_model(folder, tokenizer):
+    """A small model with a chat template, as from a hub."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=128, n_layer=1, n_embd=32, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    with_chat_template(copy.deepcopy(tokenizer)).save_pretrained(folder)
+    return str(folder)
 
 
 def snapshot(*folders):

@@ -1,14 +1,18 @@
-"""Your own data: files of prompts, demonstrations and preferences, and texts that are too long."""
+"""Your own data: files of prompts, demonstrations and preferences, conversations, columns for the
+reward function, and texts that are too long."""
+import copy
 import json
 import math
 import random
 import time
 
 import pytest
+import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 import ppo_rlhf as ppo
-from helpers import TEN, jsonl, write_jsonl
+from helpers import TEN, jsonl, read_jsonl, save_chat_model, with_chat_template, write_jsonl
 from test_ppo_rlhf import HERE, TINY, read_metrics, slow, small_config
 
 GOOD, FAIR, BAD = "听你这么说，我很心疼。出去走走吧。", "可以听音乐、运动或者聊天。", "这跟我有什么关系？"
@@ -158,6 +162,322 @@ def test_without_a_common_beginning_the_prompt_is_empty_and_not_in_all_lines(tmp
     assert second.replies == [ppo.Reply("Q: ", "a", True), ppo.Reply("Q: ", "b", True)]
     with pytest.raises(ppo.UserError, match="no line has a prompt: chosen and rejected begin alike"):
         ppo.read_jsonl(write_jsonl(tmp_path / "pairs.jsonl", pairs[:1]), "preferences")
+
+
+@pytest.mark.parametrize("texts, prompt", [
+    (["问：说一种颜色。答：红色很好。", "问：说一种颜色。答：不说。"], "问：说一种颜色。答："),
+    (["问：你好吗？答：我很好。", "问：你好吗？答：我不好。"], "问：你好吗？答："),  # both begin with 我
+    (["问：你好吗？答：我很好。谢谢。", "问：你好吗？答：我很好。再见。"], "问：你好吗？答："),
+    (["今天天气怎么样？很好，出去走走吧。", "今天天气怎么样？很差。"], "今天天气怎么样？"),
+    (["用户：你好\n助手：你好！\n用户：再见\n助手：再见。", "用户：你好\n助手：你好！\n用户：再见\n助手：再说。"],
+     "用户：你好\n助手：你好！\n用户：再见\n助手："),
+    (["\n\nHuman: Hi\n\nAssistant: I am fine.", "\n\nHuman: Hi\n\nAssistant: I am ill."],
+     "\n\nHuman: Hi\n\nAssistant: "),
+    (["\n\nHuman: Hi\n\nAssistant: A: no\n\nHuman: Ho\n\nAssistant: Yes",
+      "\n\nHuman: Hi\n\nAssistant: A: no\n\nHuman: Ho\n\nAssistant: Never"],
+     "\n\nHuman: Hi\n\nAssistant: A: no\n\nHuman: Ho\n\nAssistant: "),
+    (["What is it? A dog.", "What is it? A door."], "What is it? A "),
+    (["Yes.", "Yellow."], "")])
+def test_the_common_beginning_ends_at_the_last_role_else_after_a_word_or_a_chinese_sentence(
+        texts, prompt, tmp_path):
+    fine = {"chosen": "Q: a", "rejected": "Q: b"}  # one line at least must have a prompt
+    line = {"chosen": texts[0], "rejected": texts[1]}
+    line, _ = ppo.read_jsonl(write_jsonl(tmp_path / "hh.jsonl", [line, fine]), "preferences")
+    assert line.replies == [ppo.Reply(prompt, text[len(prompt):], True) for text in texts]
+
+
+@pytest.mark.parametrize("flag", ["preferences", "demos"])
+def test_a_prompt_that_is_given_and_repeated_in_all_replies_is_taken_off(flag, tmp_path):
+    """If one reply does not repeat it, those that do are replies that happen to begin so."""
+    names = ["completion"] if flag == "demos" else ["chosen", "rejected"]
+    lines = [{"prompt": f"Say {i}.\n"} | {name: f"Say {i}.\n{name}" for name in names}
+             for i in range(3)]
+    replies = [line.replies for line in read_jsonl(tmp_path, flag, *lines)]
+    assert replies == [[ppo.Reply(f"Say {i}.\n", name, True) for name in names] for i in range(3)]
+    lines[2][names[-1]] = "Something else."
+    assert [[reply.text for reply in line.replies] for line in read_jsonl(tmp_path, flag, *lines)
+            ] == [[line[name] for name in names] for line in lines]
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_blank_lines_do_not_count_and_are_counted_in_the_numbers_of_lines(newline, tmp_path):
+    rows = ['{"prompt": "a"}', "", "  \t", '{"prompt": "b\u2028c"}', '{"text": "d"}', "", ""]
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(newline.join(rows[:4] + rows[5:]).encode())
+    assert [line.replies for line in ppo.read_jsonl(str(path), "prompts")] == [
+        [ppo.Reply("a", "", True)], [ppo.Reply("b\u2028c", "", True)]]
+    path.write_bytes(newline.join(rows).encode())
+    with pytest.raises(ppo.UserError, match="line 5: its fields are text, but --prompts needs"):
+        ppo.read_jsonl(str(path), "prompts")
+
+
+def test_pairs_without_a_difference_and_empty_demonstrations_are_left_out_and_counted(tmp_path,
+                                                                                      capsys):
+    lines = [*TEN[:3], TEN[3] | {"rejected": "Good.", "completion": ""}, *TEN[4:]]
+    for flag in ["preferences", "demos"]:
+        read = read_jsonl(tmp_path, flag, *lines)
+        assert [line.replies[0].prompt for line in read] == [
+            f"Question {i}?\n" for i in range(10) if i != 3]
+        assert f"--{flag}: 1 of 10 lines left out: they have no" in capsys.readouterr().out
+    assert len(read_jsonl(tmp_path, "prompts", *lines)) == 10
+    read_jsonl(tmp_path, "preferences", *TEN)
+    assert "left out" not in capsys.readouterr().out
+
+
+# ---- EOS and BOS that are written out ------------------------------------------------------------
+@pytest.mark.parametrize("text, rest", [
+    ("Yes.<eos>", "Yes."), ("Yes.<eos>\n", "Yes."), ("Yes.", "Yes."), ("Yes.\n", "Yes.\n"),
+    ("A <eos> is a token.", "A <eos> is a token.")])
+def test_an_eos_that_ends_a_reply_as_text_is_taken_off_and_one_token_is_there(text, rest, world):
+    tokenizer, actor, *_ = world
+    [line] = ppo.shorten([as_line([ppo.Reply("Say it.\n", text, True)])], actor,
+                         small_config("--max_new_tokens", "40"))
+    assert line.replies == [ppo.Reply("Say it.\n", rest, True)]
+    _, _, [ids], _ = ppo.encode(actor, line.replies)
+    assert ids.tolist() == [*tokenizer(rest).input_ids, tokenizer.eos_token_id]
+
+
+def test_an_eos_as_text_is_no_difference_between_two_replies(world):
+    pair = [ppo.Reply("Hi\n", text, True) for text in ("Yes.<eos>", "Yes.")]
+    assert ppo.shorten([as_line(pair)], world[1], small_config()) == []
+
+
+def beginning_with_bos(tokenizer, adds_it):
+    """A copy that knows <s>, and puts it before every text or does not."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    if adds_it:
+        tokenizer._tokenizer.post_processor = TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+    assert (tokenizer("a").input_ids[0] == tokenizer.bos_token_id) == adds_it
+    return tokenizer
+
+
+@pytest.mark.parametrize("adds_it", [True, False])
+@pytest.mark.parametrize("kind", ["text", "messages"])
+def test_a_prompt_that_begins_with_bos_as_text_has_one_bos(kind, adds_it, world, tmp_path):
+    """The tokenizer's or, if it adds none, that of the text. A chat template writes one, too."""
+    actor = copy.copy(world[1])
+    actor.tokenizer = with_chat_template(beginning_with_bos(world[0], adds_it),
+                                         "{{ bos_token }}" if kind == "messages" else "")
+    prompt = "<s>Hi" if kind == "text" else [{"role": "user", "content": "Hi"}]
+    lines = read_jsonl(tmp_path, "prompts", {"prompt": prompt}, tokenizer=actor.tokenizer)
+    [line] = ppo.shorten(lines, actor, small_config())
+    [ids], _ = ppo.encode_prompts(actor, [line.replies[0].prompt])
+    bos = actor.tokenizer.bos_token_id
+    assert ids[0] == bos and ids.tolist().count(bos) == 1
+    shown = actor.tokenizer.decode(ids)
+    assert shown == ("<s>Hi" if kind == "text" else "<s><user>Hi<assistant>")
+
+
+# ---- Conversations -------------------------------------------------------------------------------
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+HI, YES, NO = user("Hi"), assistant("Yes."), assistant("No.")
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+@pytest.fixture(scope="module")
+def chat(world):
+    """The tokenizer of a model that was trained to chat."""
+    return with_chat_template(copy.deepcopy(world[0]))
+
+
+CONVERSATIONS = {
+    "prompts": [{"prompt": [HI]}],
+    "demos": [{"messages": [HI, YES]}, {"prompt": [HI], "completion": [YES]},
+              {"prompt": [HI], "completion": "Yes."}, {"prompt": "Hi", "completion": [YES]},
+              {"prompt": [HI], "completion": [HI, YES]}],
+    "preferences": [{"prompt": [HI], "chosen": [YES], "rejected": [NO]},
+                    {"prompt": [HI], "chosen": "Yes.", "rejected": "No."},
+                    {"prompt": [HI], "ranked": [[YES], "No."]},
+                    {"prompt": "Hi", "chosen": [YES], "rejected": [NO]},
+                    {"prompt": "Hi", "chosen": [HI, YES], "rejected": [HI, NO]},
+                    {"chosen": [HI, YES], "rejected": [HI, NO]}]}
+
+
+@pytest.mark.parametrize("flag, line", [
+    pytest.param(flag, line, id=f"{flag} {json.dumps(line)}")
+    for flag, lines in CONVERSATIONS.items() for line in lines])
+def test_messages_become_texts_by_the_chat_template_of_the_model(flag, line, chat, world, tmp_path):
+    """However the conversation is written down, prompt and replies are the same."""
+    actor = copy.copy(world[1])
+    actor.tokenizer = chat
+    [read] = ppo.shorten(read_jsonl(tmp_path, flag, line, tokenizer=chat), actor, small_config())
+    texts = {"prompts": [""], "demos": ["Yes."], "preferences": ["Yes.", "No."]}[flag]
+    assert read.replies == [ppo.Reply("<user>Hi<assistant>", text, True) for text in texts]
+    assert read.messages == [HI] and read.fields == line
+
+
+@pytest.mark.parametrize("flag, line, prompt, texts", [
+    ("demos", {"messages": [SYSTEM, HI, NO, user("Why?"), YES]},
+     "<system>Be brief.<user>Hi<assistant>No.<eos><user>Why?<assistant>", ["Yes.<eos>"]),
+    ("demos", {"messages": [NO, HI, YES]}, "<assistant>No.<eos><user>Hi<assistant>", ["Yes.<eos>"]),
+    ("preferences", {"prompt": [SYSTEM, HI, NO, HI], "chosen": [YES], "rejected": [NO]},
+     "<system>Be brief.<user>Hi<assistant>No.<eos><user>Hi<assistant>", ["Yes.<eos>", "No.<eos>"]),
+    ("prompts", {"prompt": [HI, NO, HI]}, "<user>Hi<assistant>No.<eos><user>Hi<assistant>", [""])])
+def test_only_the_last_message_of_a_long_conversation_is_the_reply(flag, line, prompt, texts, chat,
+                                                                   tmp_path):
+    [read] = read_jsonl(tmp_path, flag, line, tokenizer=chat)
+    assert read.replies == [ppo.Reply(prompt, text, True) for text in texts]
+
+
+@pytest.mark.parametrize("flag, line, why", [
+    ("preferences", {"chosen": [HI, YES], "rejected": [user("Ho"), NO]}, "different conversations"),
+    ("preferences", {"prompt": [HI], "chosen": [YES], "rejected": [user("Ho"), NO]}, "different"),
+    ("preferences", {"prompt": "Ho", "chosen": [HI, YES], "rejected": [HI, NO]}, "different"),
+    ("demos", {"messages": [HI]}, "assistant"), ("demos", {"messages": [YES]}, "user"),
+    ("demos", {"messages": [HI, YES, user("Bye.")]}, "assistant"),
+    ("demos", {"messages": []}, "empty|message"),
+    ("demos", {"prompt": [HI], "completion": []}, "empty|message"),
+    ("demos", {"messages": "Hello there friend"}, "message"),
+    ("prompts", {"prompt": []}, "at least one message"), ("prompts", {"prompt": ["Hi"]}, "role"),
+    ("prompts", {"prompt": [{"from": "human", "value": "Hi"}]}, "role"),
+    ("prompts", {"prompt": [{"role": "user"}]}, "content"),
+    ("prompts", {"prompt": [user(None)]}, "content"),
+    ("prompts", {"prompt": [user([{"type": "text", "text": "Hi"}])]}, "content")],
+    ids=lambda x: json.dumps(x) if isinstance(x, dict) else None)
+def test_messages_that_are_no_conversation_are_refused(flag, line, why, chat, tmp_path):
+    """Many chat templates print nothing or "None" for a field that is missing."""
+    with pytest.raises(ppo.UserError, match=f"line 1: .*({why})") as error:
+        read_jsonl(tmp_path, flag, line, tokenizer=chat)
+    assert "Error:" not in str(error.value)  # its own words, not Python's
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_messages_need_a_model_with_a_chat_template(known, world, tmp_path):
+    with pytest.raises(ppo.UserError, match="line 1: these are messages, and the model has no"):
+        read_jsonl(tmp_path, "prompts", {"prompt": [HI]}, tokenizer=world[0] if known else None)
+
+
+def test_a_template_that_writes_the_prompt_in_another_way_beside_a_reply_is_refused(chat, tmp_path):
+    """The reply could not be told from the prompt."""
+    counting = with_chat_template(copy.deepcopy(chat), "{{ messages | length }}")
+    with pytest.raises(ppo.UserError, match="line 1: the chat template changes the prompt"):
+        read_jsonl(tmp_path, "demos", {"messages": [HI, YES]}, tokenizer=counting)
+
+
+def test_conversations_run_the_whole_pipeline(world, tmp_path):
+    base, lines = save_chat_model(tmp_path / "chat", world[0]), []
+    for i in range(10):
+        asked = [user(f"Question {i}?")]
+        lines.append({"prompt": asked, "completion": [YES], "chosen": [YES], "rejected": [NO]})
+    path, out = write_jsonl(tmp_path / "talk.jsonl", lines), tmp_path / "run"
+    files = ["--prompts", path, "--demos", path, "--preferences", path]
+    ppo.main([*TINY, "--model", base, *files, "--out", str(out)])
+    prompts = {line["prompt"] for line in read_xray(out)}
+    assert prompts and prompts <= {f"<user>Question {i}?<assistant>" for i in range(10)}
+    assert len(read_metrics(out)) == 3
+
+
+# ---- Columns for the reward function -------------------------------------------------------------
+SUMS = [{"prompt": f"{a} + {b} = ", "answer": str(a + b), "level": a} for a in range(4)
+        for b in range(5)]
+TRL_REWARD = """
+def reward(completions, answer, **kwargs):
+    texts = [text[0]["content"] if isinstance(text, list) else text for text in completions]
+    return [float(wanted in text) for text, wanted in zip(texts, answer)]
+"""
+
+
+def read_xray(out):
+    return [json.loads(row) for row in (out / "xray.jsonl").read_text().splitlines()]
+
+
+def test_a_function_written_for_trl_gets_the_right_answer_for_each_reply(world, tmp_path):
+    """Four replies to each prompt, shuffled prompts, held-out prompts, and replies that are equal.
+
+    The function sees the answer "3" for "1 + 2 = ". So the scores tell whether each reply was
+    compared with the answer to its own prompt.
+    """
+    (tmp_path / "mine.py").write_text(TRL_REWARD + """
+def checked(prompts, completions, answer, level, replies, finished, **kwargs):
+    assert sorted(kwargs) == ["prompt"] and kwargs["prompt"] == prompts and replies == completions
+    assert len(prompts) == len(completions) == len(answer) == len(level) == len(finished)
+    for prompt, wanted, a in zip(prompts, answer, level):
+        first, second = prompt.removesuffix(" = ").split(" + ")
+        assert int(first) + int(second) == int(wanted) and a == int(first)
+    return reward(completions, answer)
+""")
+    prompts = write_jsonl(tmp_path / "sums.jsonl", SUMS)
+    demos = write_jsonl(tmp_path / "demos.jsonl", [
+        line | {"completion": ["1 2 3", "4 5 6"][i % 2]} for i, line in enumerate(SUMS)])
+    out = tmp_path / "run"
+    ppo.main([*TINY, "--prompts", prompts, "--demos", demos, "--replies_per_prompt", "4",
+              "--sft_steps", "60", "--missing_eos_penalty", "0", "--out", str(out),
+              "--reward", f"{tmp_path}/mine.py:checked"])
+    answers, scores = {line["prompt"]: line["answer"] for line in SUMS}, set()
+    for line in read_xray(out):
+        assert line["score"] == (answers[line["prompt"]] in line["reply"])
+        scores.add(line["score"])
+    assert scores == {0, 1}
+
+
+@pytest.mark.parametrize("as_messages", [False, True])
+def test_columns_follow_their_replies_in_any_order_and_number(as_messages, chat, tmp_path):
+    lines = SUMS
+    if as_messages:
+        lines = [line | {"prompt": [user(line["prompt"])]} for line in SUMS]
+    own = dict.fromkeys(ppo.OWN_DATA, [])
+    own["prompts"] = read_jsonl(tmp_path, "prompts", *lines, tokenizer=chat)
+    seen = {}
+
+    def reward(completions, answer, **kwargs):
+        seen.update(kwargs, completions=completions, answer=answer)
+        return [float(wanted) for wanted in answer]
+
+    rng = random.Random(0)
+    replies, expected = [], []
+    for line, number in zip(own["prompts"], [0, 3, 1, 2] * 5):
+        for text in ["x", "y", "x", "z"][:number]:
+            replies.append(ppo.Reply(line.replies[0].prompt, text, text != "z"))
+    rng.shuffle(replies)
+    answer_to = {line.replies[0].prompt: line.fields["answer"] for line in own["prompts"]}
+    expected = [float(answer_to[reply.prompt]) for reply in replies]
+    assert ppo.ask_score_fn(ppo.with_columns(reward, own), replies) == expected
+    asked = list(dict.fromkeys(replies))  # each reply once
+    assert len(asked) < len(replies)
+    assert seen["answer"] == [answer_to[reply.prompt] for reply in asked]
+    assert seen["replies"] == [reply.text for reply in asked]
+    assert seen["finished"] == [reply.finished for reply in asked]
+    fields_of = {line.replies[0].prompt: line.fields for line in own["prompts"]}
+    for name in ["prompts", "prompt"]:
+        assert seen[name] == [fields_of[reply.prompt]["prompt"] for reply in asked]
+    assert seen["completions"] == [[assistant(reply.text)] if as_messages else reply.text
+                                   for reply in asked]
+
+
+def test_columns_are_those_of_the_prompts_file_and_none_where_a_line_has_none(tmp_path):
+    """A prompt of the demonstrations has no answer, and a reward function is told so."""
+    lines = [{"prompt": "a", "answer": 1}, {"prompt": "b"}]
+    own = {"prompts": read_jsonl(tmp_path, "prompts", *lines),
+           "demos": read_jsonl(tmp_path, "demos", {"prompt": "c", "completion": "d", "source": 2}),
+           "preferences": []}
+    seen = {}
+
+    def reward(**given):
+        seen.update(given)
+        return [0.0] * 3
+
+    replies = [ppo.Reply(prompt, "x", True) for prompt in "bca"]
+    ppo.ask_score_fn(ppo.with_columns(reward, own), replies)
+    assert seen == {"prompts": ["b", "c", "a"], "completions": ["x"] * 3, "replies": ["x"] * 3,
+                    "finished": [True] * 3, "answer": [None, None, 1], "prompt": ["b", "c", "a"]}
+
+
+def test_one_prompt_with_two_answers_is_refused(tmp_path):
+    """The script tells prompts apart by their text: one of the answers would be lost."""
+    path = write_jsonl(tmp_path / "sums.jsonl", [*SUMS, SUMS[3] | {"answer": "17"}])
+    (tmp_path / "mine.py").write_text(TRL_REWARD)
+    with pytest.raises(ppo.UserError, match="answer"):
+        ppo.main([*TINY, "--prompts", path, "--reward", f"{tmp_path}/mine.py:reward",
+                  "--cycles", "0", "--out", str(tmp_path / "run")])
 
 
 # ---- Cutting what is too long --------------------------------------------------------------------

@@ -2,18 +2,24 @@
 import copy
 import json
 import math
+import shutil
+import sys
 from contextlib import nullcontext
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
-from transformers import (AutoModelForCausalLM, AutoTokenizer, BloomConfig, GPT2Config,
-                          GPT2ForSequenceClassification, Lfm2Config, LlamaConfig, OPTConfig,
-                          PreTrainedTokenizerFast, Qwen2Config)
+from transformers import (AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForMaskedLM,
+                          BertForSequenceClassification, BloomConfig, GenerationConfig, GPT2Config,
+                          GPT2ForSequenceClassification, GPT2Model, Lfm2Config, LlamaConfig,
+                          OPTConfig, PreTrainedTokenizerFast, Qwen2Config, RobertaConfig,
+                          RobertaForSequenceClassification, T5Config, T5ForConditionalGeneration,
+                          pipeline)
 
 import ppo_rlhf as ppo
-from helpers import gradients_of_one_update, read_config
-from test_ppo_rlhf import TINY, random_batch, read_metrics, small_config
+from helpers import TEN, gradients_of_one_update, read_config, snapshot, write_jsonl
+from test_ppo_rlhf import NAN, TINY, random_batch, read_metrics, small_actor, small_config
 
 # ==================================================================================================
 # A reward function of your own
@@ -127,6 +133,221 @@ def test_a_classifier_with_its_own_tokenizer_is_a_reward(world, labels, tmp_path
     assert ppo.ask_score_fn(score_fn, replies) == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_a_classifier_whose_tokenizer_names_no_limit_sees_as_much_as_it_has_positions(kind, world,
+                                                                                     tmp_path):
+    """RoBERTa cannot use the first ones of its positions: up to that of the padding."""
+    tokenizer, sizes = world[0], dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                                      num_attention_heads=2, num_labels=1,
+                                      vocab_size=len(world[0]), initializer_range=0.3)
+    assert tokenizer.model_max_length > 1e9
+    torch.manual_seed(0)
+    if kind == "bert":
+        model = BertForSequenceClassification(BertConfig(max_position_embeddings=64, **sizes))
+    else:
+        model = RobertaForSequenceClassification(RobertaConfig(
+            max_position_embeddings=66, pad_token_id=tokenizer.pad_token_id, **sizes))
+        assert tokenizer.pad_token_id == 1
+    model.eval().save_pretrained(tmp_path / "judge")
+    tokenizer.save_pretrained(tmp_path / "judge")
+    score_fn = ppo.load_reward(small_config("--reward", str(tmp_path / "judge")))
+    for prompt in ["Hi\n", "Hello " * 99]:
+        [score] = ppo.ask_score_fn(score_fn, [ppo.Reply(prompt, "No.", True)])
+        ids = tokenizer(prompt + "No.").input_ids[-64:]
+        with torch.no_grad():
+            assert score == pytest.approx(model(torch.tensor([ids])).logits.item(), abs=1e-4)
+    assert len(ids) == 64
+
+
+def test_the_reward_is_tried_on_the_longest_prompt_before_anything_is_written(tmp_path):
+    lines = [line | {"prompt": line["prompt"] * (1 + 20 * (i == 4))} for i, line in enumerate(TEN)]
+    path = write_jsonl(tmp_path / "prompts.jsonl", lines)
+    (tmp_path / "mine.py").write_text(
+        "def short(prompts, completions):\n"
+        "    assert max(map(len, prompts)) < 200, 'too long for me'\n"
+        "    return [0.0] * len(prompts)\n")
+    before = snapshot(tmp_path)
+    with pytest.raises(ppo.UserError, match="--reward failed on replies .*too long for me"):
+        ppo.main([*TINY, "--prompts", path, "--reward", f"{tmp_path}/mine.py:short", "--out",
+                  str(tmp_path / "run")])
+    assert snapshot(tmp_path) == before
+
+
+# ---- A folder as a reward ------------------------------------------------------------------------
+def test_the_reward_model_of_a_run_scores_as_it_did_there(run):
+    model = ppo.load_model(ppo.RewardModel, run / "reward_model", small_config())
+    assert model.head[-1].weight.abs().max() > 0
+    score_fn = ppo.load_reward(small_config("--reward", str(run / "reward_model")))
+    replies = [ppo.Reply("I feel sad.\n", text, True) for text in ("Call a friend.", "No.")]
+    scores = ppo.ask_score_fn(score_fn, replies)
+    with torch.no_grad():
+        assert scores == pytest.approx(model(*ppo.encode(model, replies)).tolist(), abs=1e-5)
+    assert scores[0] != scores[1]
+
+
+@pytest.mark.parametrize("kind, why", [
+    ("a run's policy", "its head is that of an ActorCritic"),
+    ("a language model", "no weights for score.weight"),
+    ("a reward model without its head", "no weights for score.weight"),
+    ("a classifier without its head", "no weights for .*classifier.*weight"),
+    ("a whole run", "Unrecognized model")])
+def test_a_folder_without_a_trained_head_is_no_reward(kind, why, run, world, tmp_path):
+    """The library would make a random one, and PPO would learn to please it."""
+    folder = tmp_path / "folder"
+    if kind == "a run's policy":
+        folder = run / "policy"
+    elif kind == "a whole run":
+        folder = run
+    elif kind == "a language model":
+        save_foreign_model(folder, "gpt2", world[0], "missing")
+    elif kind == "a reward model without its head":
+        shutil.copytree(run / "reward_model", folder)
+        (folder / "heads.safetensors").unlink()
+    else:
+        BertForMaskedLM(BertConfig(
+            hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+            vocab_size=len(world[0]))).save_pretrained(folder)
+        world[0].save_pretrained(folder)
+    with pytest.raises(ppo.UserError, match=f"--reward {folder} is not .*: .*{why}") as error:
+        ppo.load_reward(small_config("--reward", str(folder)))
+    assert "\n" not in str(error.value)
+
+
+# ---- A file as a module --------------------------------------------------------------------------
+@pytest.fixture
+def ask(tmp_path):
+    """Load a reward and ask it, as main does: what it imports is forgotten afterwards."""
+    def load_and_ask(reward):
+        with ppo.libraries_set():
+            score_fn = ppo.load_reward(small_config("--reward", f"{tmp_path}/{reward}"))
+            return ppo.ask_score_fn(score_fn, REPLIES)
+    return load_and_ask
+
+
+def write_reward(folder, name, value, neighbour="helper.py"):
+    """A reward that imports its value from a neighbour."""
+    folder.mkdir(exist_ok=True)
+    (folder / neighbour).parent.mkdir(exist_ok=True)
+    (folder / neighbour).write_text(f"VALUE = {value}\n")
+    module = neighbour.removesuffix(".py").split("/")[0]
+    (folder / name).write_text(f"from {module} import VALUE\n\ndef score(completions):\n"
+                               "    return [VALUE] * len(completions)\n")
+
+
+@pytest.mark.parametrize("neighbour", ["helper.py", "package/__init__.py"])
+def test_a_reward_file_imports_its_neighbours_and_the_next_run_those_of_its_own_folder(
+        neighbour, ask, tmp_path):
+    before = sys.path[:], set(sys.modules)
+    for folder, value in [("one", 1.5), ("two", 12.5)]:
+        write_reward(tmp_path / folder, "mine.py", value, neighbour)
+        assert ask(f"{folder}/mine.py:score") == [value, value]
+    assert sys.path == before[0]
+    assert not {"mine", "helper", "package"} & (set(sys.modules) - before[1])
+
+
+def test_a_reward_file_that_was_changed_is_loaded_anew_wherever_it_lies(ask, tmp_path, monkeypatch):
+    """In a notebook, the folder of the file is often the one that Python imports from."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for value in ["1.5", "12.25"]:  # not equally long: Python looks at size and time of a file
+        (tmp_path / "mine_in_path.py").write_text(
+            f"def score(completions):\n    return [{value}] * len(completions)\n")
+        assert ask("mine_in_path.py:score") == [float(value)] * 2
+    sys.modules.pop("mine_in_path", None)
+
+
+def test_a_reward_file_can_start_processes(ask, tmp_path):
+    """They import it by its name, with its neighbours."""
+    (tmp_path / "helper.py").write_text("FACTOR = 2.5\n")
+    (tmp_path / "parallel.py").write_text("""
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+from helper import FACTOR
+
+def one(text):
+    return FACTOR * len(text)
+
+def score(completions):
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return list(pool.map(one, completions))
+""")
+    assert ask("parallel.py:score") == [10, 5]
+
+
+@pytest.mark.parametrize("name", ["random", "time", "ppo_rlhf"])
+def test_a_reward_file_with_the_name_of_a_module_is_refused(name, ask, tmp_path):
+    """Another one would be imported in its place, or it in place of another one."""
+    (tmp_path / f"{name}.py").write_text("def score(completions): return [0.0, 0.0]\n")
+    module = sys.modules[name]
+    with pytest.raises(ppo.UserError, match="Python has a module of that name; rename it"):
+        ask(f"{name}.py:score")
+    assert sys.modules[name] is module
+
+
+@pytest.mark.parametrize("body, why", [
+    ("return {0: 1.0, 1: 2.0}", "dict|list"), ("return torch.zeros(2, 2)", "one element|scalar"),
+    ("return [1j, 1j]", "real number"), ("return [10 ** 400, 0]", "too large"),
+    ("return '12'", "real number"), ("sys.exit(0)", "SystemExit|exit")])
+def test_what_is_no_list_of_numbers_is_one_line(body, why, ask, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        f"import sys, torch\n\ndef score(completions):\n    {body}\n")
+    with pytest.raises(ppo.UserError, match=f"--reward failed.*({why})") as error:
+        ask("mine.py:score")
+    assert "\n" not in str(error.value)
+
+
+def test_a_reward_function_that_turns_gradients_off_turns_them_off_for_itself_only():
+    def score(completions):
+        torch.set_grad_enabled(False)
+        return [0.0] * len(completions)
+
+    try:
+        ppo.ask_score_fn(score, REPLIES)
+        assert torch.is_grad_enabled()
+    finally:
+        torch.set_grad_enabled(True)
+
+
+# ---- What a reward function sees -----------------------------------------------------------------
+TAGGED = "Let me think. <answer>Yes.</answer>"
+
+
+def test_a_reward_sees_special_tokens_other_than_eos_and_padding(world, monkeypatch):
+    """Answer tags are such. What the script decodes becomes the same tokens again."""
+    actor = copy.copy(world[1])
+    tokenizer = actor.tokenizer = copy.deepcopy(world[0])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<answer>", "</answer>"]})
+    ids = tokenizer(TAGGED).input_ids
+    assert tokenizer.convert_tokens_to_ids("</answer>") == ids[-1]
+    row = torch.tensor([[*ids, tokenizer.eos_token_id, *[tokenizer.pad_token_id] * 3]])
+    mask = torch.arange(row.shape[1]).unsqueeze(0) <= len(ids)
+    assert ppo.decode(tokenizer, row) == [TAGGED]
+    monkeypatch.setattr(ppo, "generate", lambda *args: (row, mask))
+    cfg = actor.cfg = small_config("--max_new_tokens", "40")
+    rollout = ppo.sample_replies(actor, ["Hi\n"], cfg)
+    assert rollout.replies == [ppo.Reply("Hi\n", TAGGED, True)]
+    _, _, again, _ = ppo.encode(actor, rollout.replies)
+    assert again.tolist() == [[*ids, tokenizer.eos_token_id]]
+
+
+def test_the_score_of_a_reply_with_tags_counts_them_in_a_whole_run(world, tmp_path):
+    """A model whose next token is always <answer>: 12 tokens, 12 points."""
+    tokenizer = copy.deepcopy(world[0])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<answer>", "</answer>"]})
+    lm = AutoModelForCausalLM.from_config(make_config("gpt2", vocab_size=len(tokenizer)))
+    always(lm, {}, otherwise=tokenizer.convert_tokens_to_ids("<answer>"))
+    lm.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    (tmp_path / "mine.py").write_text(
+        "def tags(completions):\n    return [text.count('<answer>') for text in completions]\n")
+    flags = ["--model", str(tmp_path / "base"), "--sft_steps", "0", "--cycles", "1"]
+    ppo.main([*TINY, *flags, "--prompts", write_jsonl(tmp_path / "prompts.jsonl", TEN), "--reward",
+              f"{tmp_path}/mine.py:tags", "--missing_eos_penalty", "0", "--out",
+              str(tmp_path / "run")])
+    [row] = read_metrics(tmp_path / "run")
+    assert float(row["reward"]) == 12
+
+
 # ==================================================================================================
 # A model of your own
 # ==================================================================================================
@@ -178,6 +399,185 @@ def test_any_causal_language_model_runs_the_whole_pipeline(world, architecture, 
     assert tokenizer.pad_token_id < words and tokenizer.eos_token_id < words
     assert read_config(out)["lr"] == ppo.REAL_MODEL["lr"]
     assert all(float(row["first_log_ratio"]) < 1e-5 for row in read_metrics(out))
+
+
+@torch.no_grad()
+def always(lm, following: dict[int, int], otherwise: int):
+    """Set the weights of a GPT-2 so that a token follows each token, nearly certainly."""
+    width = lm.config.n_embd
+    for name, weight in lm.named_parameters():
+        if not name.endswith(("wte.weight", "ln_f.weight")):
+            weight.zero_()  # no attention, no positions: only the last token counts
+    rows = torch.randn(len(lm.transformer.wte.weight), width, generator=torch.Generator())
+    rows[:, 0] = 8  # what all tokens have in common
+    lm.transformer.wte.weight.copy_(rows)
+    lm.lm_head.weight = torch.nn.Parameter(torch.zeros_like(rows))  # no longer tied to wte
+    lm.config.tie_word_embeddings = False
+    hidden = lm.transformer.ln_f(rows)
+    lm.lm_head.weight[otherwise, 0] = 20
+    for token, next_token in following.items():
+        lm.lm_head.weight[next_token] += 20 * hidden[token] - 15 * hidden.mean(dim=0)
+
+
+def save_model_that_stops_elsewhere(folder, kind, tokenizer):
+    """A model that stops at another token than its tokenizer says, or never."""
+    if kind == "the tokenizer has no special token":
+        bpe = Tokenizer(models.BPE(
+            {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        bpe.decoder = decoders.ByteLevel()
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe)
+    b = tokenizer("b").input_ids[0]
+    config = make_config("gpt2", vocab_size=len(tokenizer), bos_token_id=b,
+                         eos_token_id={"several in the configuration": [b, b + 1]}.get(kind, b))
+    lm = AutoModelForCausalLM.from_config(config)
+    if kind == "another token in the generation configuration":
+        lm.generation_config = GenerationConfig(eos_token_id=b, pad_token_id=b, max_new_tokens=2)
+    lm.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("kind", [
+    "the tokenizer has no special token", "another token in the generation configuration",
+    "several in the configuration"])
+def test_a_saved_policy_stops_in_the_librarys_pipeline_as_it_does_here(kind, world, tmp_path):
+    """After "a" come "b", "c" and EOS, and after EOS it would begin anew."""
+    save_model_that_stops_elsewhere(tmp_path / "base", kind, world[0])
+    cfg = small_config("--temperature", "0.01")
+    actor = ppo.ActorCritic(*ppo.load_pretrained(tmp_path / "base", cfg), cfg)
+    tokenizer = actor.tokenizer
+    a, b, c = (tokenizer(letter).input_ids[0] for letter in "abc")
+    eos = tokenizer.eos_token_id
+    always(actor.lm, {a: b, b: c, c: eos, eos: b}, otherwise=b)
+    assert ppo.sample_replies(actor, ["a"], cfg).reply_ids.tolist() == [[b, c, eos]]
+
+    ppo.save_model(actor, tmp_path / "policy")
+    write = pipeline("text-generation", model=str(tmp_path / "policy"), device="cpu")
+    [result] = write("a", max_new_tokens=9, do_sample=False, return_full_text=False)
+    assert result["generated_text"] == "bc"
+    [ids] = write.model.generate(torch.tensor([[a]]), max_new_tokens=9)
+    assert ids.tolist() == [a, b, c, eos]
+
+
+def test_own_model_prompts_and_reward_without_texts_start_ppo_from_the_model_as_it_is(world,
+                                                                                      tmp_path):
+    save_foreign_model(tmp_path / "base", "gpt2", world[0], "missing")
+    (tmp_path / "mine.py").write_text("def score(completions):\n"
+                                      "    return [len(text) for text in completions]\n")
+    steps = [TINY.index("--sft_steps"), TINY.index("--pretrain_steps")]
+    flags = [flag for i, flag in enumerate(TINY) if i not in [i + k for i in steps for k in (0, 1)]]
+    flags += ["--model", str(tmp_path / "base"), "--out", str(tmp_path / "run"), "--cycles", "1",
+              "--reward", f"{tmp_path}/mine.py:score",
+              "--prompts", write_jsonl(tmp_path / "prompts.jsonl", TEN)]
+    ppo.main(flags)
+    assert read_config(tmp_path / "run")["sft_steps"] == 0
+    base, _ = ppo.load_pretrained(tmp_path / "base", small_config())
+    sft, _ = ppo.load_pretrained(tmp_path / "run/sft", small_config())
+    words = len(world[0])  # behind them there may be a new token for padding
+    for name, weight in base.state_dict().items():
+        assert torch.equal(sft.state_dict()[name][:words], weight[:words]), name
+
+
+@pytest.mark.parametrize("flags, steps", [
+    ("--prompts P --reward R", 0), ("--prompts P --demos P --reward R", 450),
+    ("--prompts P --preferences P --reward R", 450), ("--prompts P --preferences P", 450),
+    ("--reward R", 450), ("--prompts P --reward R --sft_steps 7", 7)])
+def test_sft_is_left_out_only_where_there_is_no_text_for_it(flags, steps):
+    assert ppo.parse_config(["--model", "gpt2", *flags.split()]).sft_steps == steps
+    assert ppo.parse_config(["--prompts", "P", "--reward", "R"]).sft_steps == 450  # tiny
+
+
+def test_an_adapter_is_refused_and_its_merged_model_is_not(world, tmp_path):
+    """As it is loaded, an adapter has no parameter that learns: KL would stay 0."""
+    peft = pytest.importorskip("peft")
+    save_foreign_model(tmp_path / "base", "gpt2", world[0], "missing")
+    lm = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    settings = peft.LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM",
+                               fan_in_fan_out=True)
+    adapter = peft.get_peft_model(lm, settings)
+    adapter.save_pretrained(tmp_path / "adapter")
+    adapter.merge_and_unload().save_pretrained(tmp_path / "merged")
+    for folder in ["adapter", "merged"]:
+        world[0].save_pretrained(tmp_path / folder)
+    with pytest.raises(ppo.UserError, match="nothing to train; merge the adapter"):
+        ppo.load_pretrained(tmp_path / "adapter", small_config())
+    ppo.load_pretrained(tmp_path / "merged", small_config())
+
+
+def test_a_model_without_a_parameter_to_train_is_refused(world):
+    frozen = copy.deepcopy(world[1].lm).requires_grad_(False)
+    with pytest.raises(ppo.UserError, match="nothing to train"):
+        ppo.try_model(frozen)
+    frozen.lm_head.requires_grad_(True)
+    ppo.try_model(frozen)
+
+
+NO_LANGUAGE_MODELS = {
+    "bert": (lambda words: BertForMaskedLM(BertConfig(
+        vocab_size=words, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, initializer_range=0.3)), "no causal language|takes no position_ids"),
+    "t5": (lambda words: T5ForConditionalGeneration(T5Config(
+        vocab_size=words, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)),
+        "Unrecognized configuration class"),
+    "no head": (lambda words: GPT2Model(make_config("gpt2", vocab_size=words,
+                                                    tie_word_embeddings=False)),
+                "it has no lm_head.weight")}
+
+
+@pytest.mark.parametrize("kind", NO_LANGUAGE_MODELS)
+def test_a_model_that_is_no_causal_language_model_is_one_line(kind, world, tmp_path):
+    make, why = NO_LANGUAGE_MODELS[kind]
+    make(len(world[0])).save_pretrained(tmp_path / "base")
+    world[0].save_pretrained(tmp_path / "base")
+    with pytest.raises(ppo.UserError, match=f"no usable model in .*({why})") as error:
+        ppo.load_pretrained(tmp_path / "base", small_config())
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_without_its_tokenizer_is_one_line(world, tmp_path):
+    """The library makes an empty one, without a word."""
+    save_foreign_model(tmp_path / "base", "gpt2", world[0], "missing")
+    for path in (tmp_path / "base").glob("*token*"):
+        path.unlink()
+    with pytest.raises(ppo.UserError, match="tokenizer"):
+        ppo.load_pretrained(tmp_path / "base", small_config())
+
+
+# ---- NaN -----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("bad", [NAN, math.inf])
+def test_logits_that_are_not_finite_stop_the_sampling_and_name_the_cycle(bad, monkeypatch):
+    actor = small_actor()
+    with torch.no_grad():
+        actor.lm.transformer.ln_f.bias[3] = bad
+    monkeypatch.setattr(ppo, "WHERE", [" in PPO, cycle 7"])
+    prompt_ids, prompt_mask, *_ = random_batch()
+    with pytest.raises(ppo.UserError, match="NaN or infinity in PPO, cycle 7; try a lower"):
+        ppo.generate(actor, prompt_ids, prompt_mask, 5, 1, 0)
+
+
+def test_a_token_that_can_never_come_is_no_error():
+    logits = torch.randn(3, 23)
+    logits[:, 4] = -math.inf
+    ppo.check_logits(logits)
+    ppo.check_logits(torch.full((2, 5), -1e30))
+    with pytest.raises(ppo.UserError):
+        ppo.check_logits(torch.where(torch.arange(3).unsqueeze(1) == 1, -math.inf, logits))
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+@pytest.mark.parametrize("where", ["in a layer", "in the embedding of one word"])
+def test_a_model_with_nan_is_refused_before_any_training_and_no_learning_rate_is_blamed(
+        where, architecture, world, tmp_path):
+    save_foreign_model(tmp_path / "base", architecture, world[0], "missing")
+    lm = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    words = lm.get_input_embeddings().weight
+    weight = words if where == "in the embedding of one word" else list(lm.parameters())[3]
+    with torch.no_grad():
+        weight[-3] = NAN
+    lm.save_pretrained(tmp_path / "base")
+    with pytest.raises(ppo.UserError, match="NaN or infinity before any training") as error:
+        ppo.load_pretrained(tmp_path / "base", small_config())
+    assert "learning rate" not in str(error.value)
 
 
 @pytest.mark.parametrize("ends", [False, True])
@@ -281,6 +681,21 @@ def test_copies_of_a_bfloat16_model_compute_in_bfloat16_too(world, rollout):
     assert not torch.equal(ppo.read_without_gradient(model, rollout, small_config())[0], log_probs)
     again, _ = ppo.read_without_gradient(actor, rollout, small_config())
     assert torch.equal(again, log_probs)
+
+
+@pytest.mark.parametrize("device, bf16, hardware, wanted", [
+    ("cuda", True, True, True), ("cuda:1", True, True, True), ("cuda", True, False, False),
+    ("cuda", False, True, False), ("cpu", True, True, False)])
+def test_bfloat16_is_used_only_on_gpus_that_have_it_in_hardware(device, bf16, hardware, wanted,
+                                                               monkeypatch):
+    """A T4 says that it supports bfloat16: it emulates it, and is slow then."""
+    def is_bf16_supported(including_emulation=True):
+        return hardware or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
+    cfg = small_config()
+    cfg.device, cfg.bf16 = device, bf16
+    assert ppo.wants_bfloat16(cfg) is wanted
 
 
 def test_a_saved_bfloat16_model_is_an_ordinary_one(world, tmp_path):

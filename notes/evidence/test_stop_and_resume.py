@@ -3,6 +3,9 @@
 Stages 0 to 2 are saved when they are done, and repeated if they were not. PPO is saved every
 save_every cycles, and when Ctrl-C is pressed.
 """
+import gc
+import io
+import json
 import os
 import shutil
 import signal
@@ -14,9 +17,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.utils import logging
 
 import ppo_rlhf as ppo
-from helpers import ONE_THREAD, same_results, snapshot
+from helpers import ONE_THREAD, TEN, read_config, same_results, snapshot, write_jsonl
 from test_ppo_rlhf import HERE, NAN, TINY, read_metrics, slow, small_config
 
 
@@ -229,6 +233,157 @@ def test_ctrl_c_on_the_command_line_exits_with_130_and_the_command_to_go_on(run,
     assert shown.endswith(f"stopped; to go on: python {HERE / 'ppo_rlhf.py'} --resume {out}\n")
     if when == "PPO":
         assert len(read_metrics(out)) == read_state(out)["cycle"] > 0
+
+
+# ---- In a notebook -------------------------------------------------------------------------------
+def state_of_the_process():
+    """What main must leave as it was, apart from the seeds of the global random numbers."""
+    return {
+        "what Ctrl-C does": signal.getsignal(signal.SIGINT),
+        "environment": dict(os.environ),
+        "where it is": os.getcwd(),
+        "where it imports from": sys.path[:],
+        "modules from elsewhere": {name for name in sys.modules if name.startswith("mine_")},
+        "library messages": logging.get_verbosity(),
+        "hub messages": logging.get_logger("huggingface_hub").level,
+        "library bars": logging.is_progress_bar_enabled(),
+        "gradients": torch.is_grad_enabled(),
+        "number type": torch.get_default_dtype(),
+        "objects that garbage collection leaves alone": gc.get_freeze_count() > 1000,
+        "output": (sys.stdout, sys.stderr),
+        "threads": threading.active_count()}
+
+
+@pytest.mark.parametrize("end", ["finished", "wrong call", "error", "interrupt"])
+def test_main_leaves_the_process_as_it_found_it_however_it_ends(end, run, tmp_path, monkeypatch):
+    (tmp_path / "mine_neighbour.py").write_text("VALUE = 1.0\n")
+    (tmp_path / "mine_reward.py").write_text(
+        "from mine_neighbour import VALUE\n\ndef score(completions):\n"
+        "    return [VALUE * len(text) for text in completions]\n")
+    flags = [*TINY, "--init_from", str(run), "--out", str(tmp_path / "run"), "--cycles", "1",
+             "--reward", f"{tmp_path}/mine_reward.py:score"]
+    if end == "error":
+        call_at("PPO 0", stop_here, monkeypatch)
+    elif end == "interrupt":
+        call_at("PPO 0", press_ctrl_c, monkeypatch)
+    elif end == "wrong call":
+        flags += ["--prompts", str(tmp_path / "nothing.jsonl")]
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_info()
+    logging.enable_progress_bar()
+    gc.unfreeze()
+    try:
+        before = state_of_the_process()
+        try:
+            ppo.main(flags)
+        except (Killed, KeyboardInterrupt, ppo.UserError) as error:
+            assert end == {Killed: "error", KeyboardInterrupt: "interrupt",
+                           ppo.UserError: "wrong call"}[type(error)]
+        else:
+            assert end == "finished"
+        assert state_of_the_process() == before
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def test_after_an_interrupt_the_next_cell_runs_to_its_end_and_so_does_the_printed_command(
+        run, tmp_path, monkeypatch, capsys):
+    """Cell 1 is stopped, cell 2 is another run, cell 3 is what cell 1 told to call."""
+    flags = [*TINY, "--init_from", str(run)]
+    with monkeypatch.context() as patch:
+        call_at("PPO 1", press_ctrl_c, patch)
+        with pytest.raises(KeyboardInterrupt):
+            ppo.main([*flags, "--out", str(tmp_path / "one")])
+    [command] = [line.removeprefix("stopped; to go on: ")
+                 for line in capsys.readouterr().out.splitlines() if line.startswith("stopped")]
+    ppo.main([*flags, "--out", str(tmp_path / "two")])
+    same_results(run, tmp_path / "two")
+    assert len(read_metrics(tmp_path / "one")) == 2
+    eval(command, {"main": ppo.main})
+    same_results(run, tmp_path / "one")
+
+
+def test_the_command_for_another_run_of_ppo_works_where_it_is_printed(run, tmp_path, monkeypatch,
+                                                                      capsys):
+    """In a notebook it is a call of main, on the command line a command."""
+    def last_command():
+        last = capsys.readouterr().out.splitlines()[-1]
+        return last.split("with another flag: ")[1]
+
+    flags = [*TINY, "--init_from", str(run), "--cycles", "0", "--out"]
+    ppo.main([*flags, str(tmp_path / "one")])
+    called = []
+    eval(last_command(), {"main": called.append})
+    cfg = ppo.parse_config(called[0])
+    assert cfg.init_from == str(tmp_path / "one") and cfg.kl_coef == 0.05 and cfg.batch_size == 8
+
+    monkeypatch.setattr(sys, "argv", ["ppo_rlhf.py", *flags, str(tmp_path / "two")])
+    ppo.main()
+    python, script, *rest = last_command().split()
+    assert (python, script) == ("python", "ppo_rlhf.py")
+    assert ppo.parse_config(rest).init_from == str(tmp_path / "two")
+
+
+def test_flags_in_a_list_may_be_numbers_and_paths(run, tmp_path):
+    """On a command line all are texts; in a notebook one writes what it is."""
+    ppo.main([*TINY, "--init_from", run, "--out", tmp_path / "run", "--cycles", 0, "--lam", 0.5])
+    config = read_config(tmp_path / "run")
+    assert (config["cycles"], config["lam"]) == (0, 0.5)
+    assert config["init_from"] == str(run)
+
+
+def test_main_works_where_gradients_are_turned_off(run, tmp_path):
+    """As in the first cell of many notebooks that only use models."""
+    with torch.no_grad():
+        ppo.main([*TINY, "--init_from", str(run), "--out", str(tmp_path / "run")])
+        assert not torch.is_grad_enabled()
+    same_results(run, tmp_path / "run")
+
+
+# ---- What the output can show --------------------------------------------------------------------
+@pytest.mark.parametrize("encoding, shown", [
+    ("utf-8", "é 天 ☺"), ("cp1252", "é ? ?"), ("ascii", "? ? ?"), ("gbk", "é 天 ?")])
+def test_what_the_terminal_cannot_show_becomes_a_question_mark(encoding, shown, monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
+    ppo.say("é 天 ☺")
+    assert written.getvalue().decode(encoding).splitlines() == [shown]
+
+
+def test_half_a_character_can_be_shown_too(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="utf-8"))
+    ppo.say("\ud83d")
+
+
+@pytest.mark.parametrize("kind", ["without an encoding", "nothing"])
+def test_output_may_go_to_any_object_that_can_be_written_to(kind, monkeypatch):
+    """A notebook's own copy of the output, say, or none, as under pythonw."""
+    written = []
+
+    class Copy:
+        def write(self, text):
+            written.append(text)
+
+        def flush(self):
+            pass
+
+    monkeypatch.setattr(sys, "stdout", None if kind == "nothing" else Copy())
+    ppo.say("天")
+    assert kind == "nothing" or "".join(written) == "天\n"
+
+
+def test_a_run_with_chinese_prompts_ends_on_a_terminal_that_knows_no_chinese(run, tmp_path,
+                                                                             monkeypatch):
+    """The files hold what the terminal could not show."""
+    lines = [line | {"prompt": f"今天{i}"} for i, line in enumerate(TEN)]
+    path = write_jsonl(tmp_path / "prompts.jsonl", lines)
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    ppo.main([*TINY, "--init_from", str(run), "--cycles", "1", "--prompts", path, "--out",
+              str(tmp_path / "run")])
+    assert b'X-RAY of one reply to "??' in written.getvalue()
+    rows = (tmp_path / "run/xray.jsonl").read_text().splitlines()
+    assert json.loads(rows[0])["prompt"].startswith("今天")
 
 
 # ---- What is remembered --------------------------------------------------------------------------

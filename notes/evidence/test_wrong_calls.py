@@ -28,6 +28,23 @@ WRONG_FILES = {
     "deep.jsonl": "[" * 100_000 + "\n",
     "latin.jsonl": b'{"prompt": "caf\xe9"}\n',
     "utf16.jsonl": jsonl(*TEN).encode("utf-16"),
+    "array.jsonl": '[{"prompt": "a"},\n {"prompt": "b"}]\n',
+    "table.csv": "prompt,completion\na,b\n",
+    "zipped.jsonl.gz": b"\x1f\x8b\x08\x00\x00\x00",
+    "python.jsonl": "{'prompt': 'a'}\n",
+    "commas.jsonl": '{"prompt": "a"},\n{"prompt": "b"},\n',
+    "one_line.jsonl": '{"prompt": "a"}{"prompt": "b"}\n',
+    "indented.jsonl": '{\n  "prompt": "a"\n}\n',
+    "no_field.jsonl": "{}\n",
+    "sharegpt.jsonl": '{"conversations": [{"from": "human", "value": "a"}]}\n',
+    "alpaca.jsonl": '{"instruction": "a", "output": "b"}\n',
+    "messages.jsonl": '{"messages": [{"role": "user", "content": "a"}]}\n',
+    "no_prompt.jsonl": '{"prompt": null, "completion": "Take a walk."}\n' * 9,
+    "messages_text.jsonl": '{"messages": "Hello there friend"}\n' * 9,
+    "nothing_but_eos.jsonl": jsonl(*[line | {"completion": "<eos>"} for line in TEN]),
+    "empty_prompts.jsonl": jsonl(*[line | {"prompt": ""} for line in TEN]),
+    "equal_but_for_eos.jsonl": jsonl(*[line | {"rejected": "Good.<eos>"} for line in TEN]),
+    "chosen_null.jsonl": '{"prompt": "a", "chosen": null, "rejected": "b"}\n',
     "half_character.jsonl": '{"prompt": "\\ud83d", "completion": "b"}\n',
     "other_field.jsonl": '{"text": "a"}\n',
     "number_field.jsonl": '{"prompt": 3}\n',
@@ -64,7 +81,18 @@ def long(completions): return [0.0] * (len(completions) + 1)
 def one_number(completions): return 0.0
 def words(completions): return ["good"] * len(completions)
 def lists(completions): return [[0.0, 1.0]] * len(completions)
+def digits(completions): return "1" * len(completions)
+def complex_numbers(completions): return [1j] * len(completions)
+def large(completions): return [10 ** 400] * len(completions)
+def of_a_newer_trl(completions, completion_ids): return [0.0] * len(completions)
+class Judges:
+    def judge(completions): return [0.0] * len(completions)
 """,
+    "relative.py": "from .neighbour import score\n",
+    "needs.py": "import no_such_package\n",
+    "ends.py": "import sys\nsys.exit()\n",
+    "folder.py/a": "",
+    "random.py": "def score(completions): return [0.0] * len(completions)\n",
     # Models and runs
     "half_model/config.json": '{"model_type": "gpt2"}',
     "no_json/config.json": "{",
@@ -108,6 +136,11 @@ WRONG_CALLS = """
 --reward F/rewards.py:none | --reward F/rewards.py:one_none | --reward F/rewards.py:short
 --reward F/rewards.py:long | --reward F/rewards.py:one_number | --reward F/rewards.py:words
 --reward F/rewards.py:lists | --reward F/syntax.py:score | --reward F/raises.py:score
+--reward F/rewards.py:digits | --reward F/rewards.py:complex_numbers | --reward F/rewards.py:large
+--reward F/rewards.py:of_a_newer_trl | --reward F/rewards.py:Judges.judge
+--reward F/relative.py:score | --reward F/needs.py:score | --reward F/ends.py:score
+--reward F/folder.py:score | --reward F/random.py:score | --reward F/rewards.py:
+--reward R | --reward R/sft | --reward R/policy | --model R
 
 --resume F/nothing | --resume F/no_run | --resume F/ten.jsonl | --resume F/no_json
 --resume F/later | --resume F/strange | --resume F/wrong => --lam | --resume F/types
@@ -137,6 +170,21 @@ WRONG_CALLS = """
 --preferences F/ranked_numbers.jsonl | --preferences F/chosen_number.jsonl
 --preferences F/number.jsonl | --preferences F/string.jsonl | --preferences F/null.jsonl
 --preferences F/equal_when_cut.jsonl | --prompts F/ten.jsonl --preferences F/one_held_out.jsonl
+
+--prompts F/array.jsonl => is an array | --prompts F/table.csv => not JSON
+--prompts F/zipped.jsonl.gz => UTF-8 | --prompts F/python.jsonl => not JSON
+--prompts F/commas.jsonl => line 1 | --prompts F/one_line.jsonl => line 1
+--prompts F/indented.jsonl => line 1 | --prompts F/no_field.jsonl
+--prompts F/utf16.jsonl => UTF-8 | --prompts F/list.jsonl => array
+--prompts F/sharegpt.jsonl => conversations | --prompts F/messages.jsonl => messages
+--prompts F/other_field.jsonl => text | --prompts F/no_prompt.jsonl => line 1
+--reward R/reward_model --demos F/alpaca.jsonl => instruction, output
+--reward R/reward_model --demos F/messages.jsonl => no chat template
+--reward R/reward_model --demos F/messages_text.jsonl => line 1
+--reward R/reward_model --demos F/no_prompt.jsonl => line 1
+--reward R/reward_model --demos F/nothing_but_eos.jsonl
+--preferences F/equal_but_for_eos.jsonl | --preferences F/chosen_null.jsonl
+--preferences F/empty_prompts.jsonl => no line has a prompt
 """
 WRONG_CALLS = [call.strip() for call in WRONG_CALLS.replace("\n", "|").split("|") if call.strip()]
 
@@ -206,6 +254,44 @@ def test_each_of_two_processes_must_get_whole_groups_and_minibatches(flag, wrong
     with pytest.raises(ppo.UserError, match=f"--batch_size 8 must be a multiple of 16 .{flag}"):
         small_config(flag, wrong)
     small_config(flag, fine)
+
+
+# ---- The machine ---------------------------------------------------------------------------------
+def test_another_version_of_transformers_is_one_line_at_once(monkeypatch):
+    monkeypatch.setattr(ppo.transformers, "__version__", "4.57.1")
+    with pytest.raises(ppo.UserError, match="needs transformers 5, not 4.57.1: pip install"):
+        ppo.main(["--cycle", "3"])  # before anything else is looked at
+
+
+@pytest.mark.parametrize("missing", ["RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])
+def test_the_variables_of_a_cluster_without_a_launcher_are_one_line_at_once(missing, monkeypatch):
+    """Without it, the processes would wait for each other for ever."""
+    for name in ["RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"]:
+        monkeypatch.setenv(name, "0")
+    monkeypatch.delenv(missing)
+    monkeypatch.setattr(ppo, "WORLD", 2)
+    with pytest.raises(ppo.UserError, match="WORLD_SIZE is set, but torchrun did not start"):
+        ppo.main(["--cycle", "3"])
+
+
+def test_a_rank_alone_is_one_line_at_once(monkeypatch):
+    """The program would take itself for the second of several: it says and writes nothing."""
+    monkeypatch.setattr(ppo, "RANK", 1)
+    with pytest.raises(ppo.UserError, match="RANK.*torchrun"):
+        ppo.main(["--cycle", "3"])
+
+
+@slow
+@pytest.mark.parametrize("variables, fine", [
+    ({"RANK": "1"}, False), ({"WORLD_SIZE": "2"}, False), ({"WORLD_SIZE": ""}, True),
+    ({"RANK": "", "WORLD_SIZE": "1"}, True), ({"RANK": "0", "WORLD_SIZE": "1"}, True)], ids=str)
+def test_odd_variables_of_a_cluster_end_in_one_line_or_do_not_count(variables, fine, run, tmp_path):
+    out = tmp_path / "out"
+    flags = ["--init_from", run, "--cycles", "0", "--out", out]
+    done = subprocess.run([sys.executable, HERE / "ppo_rlhf.py", *flags], capture_output=True,
+                          text=True, env=ONE_THREAD | variables)
+    assert done.returncode == (0 if fine else 2) and (out / "report.json").exists() == fine
+    assert fine or done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
 # ---- What is not wrong ---------------------------------------------------------------------------
