@@ -812,6 +812,19 @@ def normalize(model, replies: list[Reply]):
     last.weight.data = last.weight.data / scale
 
 
+def start_at_mean(actor, score_fn, prompts: list[str], cfg):
+    """Let the critic begin at the mean score of a batch of replies, not at 0 (N5).
+
+    A reward of your own is not normalised. If all its scores were far below 0, and the critic began
+    at 0, then every token of the first batch would have A_t < 0 and become less likely.
+    """
+    rng = reseed(cfg, "critic")
+    asked = share(rng.choices(prompts, k=cfg.batch_size))
+    replies = sample_replies(actor, asked, cfg).replies
+    scores = gather(score_replies(score_fn, replies, cfg).tolist())
+    nn.init.constant_(actor.head[-1].bias, mean(scores))
+
+
 def train_reward_model(sft, data: Data, cfg) -> RewardModel:
     """Stage 2: rankings -> a model that scores any reply. It starts from the SFT model (C)."""
     rng = reseed(cfg, "rankings")
@@ -1280,9 +1293,9 @@ def warn_if_constant(table: list[dict]):
 
 
 def warn_if_unfinished(table: list[dict], cfg):
-    """Warn if hardly a reply in a table of `describe` ends by itself (N3)."""
+    """Warn if hardly a reply in a table of `describe` ends by itself, and this costs points (N3)."""
     finished = mean([line["finished"] for line in table])
-    if finished < 0.1:
+    if finished < 0.1 and cfg.missing_eos_penalty > 0:
         say(f"warning: {1 - finished:.0%} of the replies are cut off at --max_new_tokens "
             f"{cfg.max_new_tokens}. Raise it, or show the model in --demos how replies end (N3)")
 
@@ -2534,7 +2547,7 @@ def main(argv=None):
     check(WORLD > 1 or RANK == 0,
           "RANK is set, but torchrun did not start this program; unset it, or use torchrun")
     cfg = parse_config(argv)
-    with libraries_set(), torch.enable_grad():
+    with quiet_libraries(), modules_forgotten(), torch.enable_grad():
         if WORLD > 1:
             dist.init_process_group("nccl" if cfg.device.startswith("cuda") else "gloo")
         try:
@@ -2550,12 +2563,11 @@ def main(argv=None):
 
 
 @contextmanager
-def libraries_set():
-    """Silence the libraries while `main` runs. A notebook finds everything as before."""
+def quiet_libraries():
+    """Silence the libraries for a while. A notebook finds them as they were before."""
     hub = logging.get_logger("huggingface_hub")
     verbosity, hub_level = logging.get_verbosity(), hub.level
-    bars = logging.is_progress_bar_enabled()
-    path, modules = sys.path[:], set(sys.modules)
+    progress_bars = logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     hub.setLevel("ERROR")
     logging.disable_progress_bar()
@@ -2566,15 +2578,27 @@ def libraries_set():
         gc.unfreeze()
         logging.set_verbosity(verbosity)
         hub.setLevel(hub_level)
-        if bars:
+        if progress_bars:
             logging.enable_progress_bar()
-        added = Counter(sys.path) - Counter(path)  # the reward function's folder, see load_module
+
+
+@contextmanager
+def modules_forgotten():
+    """Afterwards forget the reward function's module and its neighbours, see load_module.
+
+    The next run in this process may have other files of the same names.
+    """
+    path, modules = sys.path[:], set(sys.modules)
+    try:
+        yield
+    finally:
+        added = Counter(sys.path) - Counter(path)
         sys.path[:] = path
         for name in set(sys.modules) - modules:
             file = getattr(sys.modules[name], "__file__", None) or ""
-            if file.startswith(tuple(f"{folder}{os.sep}" for folder in added)) and (
-                    "site-packages" not in file):
-                del sys.modules[name]  # the next run may have another file of that name
+            neighbour = any(file.startswith(folder + os.sep) for folder in added)
+            if neighbour and "site-packages" not in file:
+                del sys.modules[name]
 
 
 def command(argv, *flags: str) -> str:
@@ -2609,6 +2633,8 @@ def run_stages(argv, cfg, start: float):
         score_fn = frozen(reward_model).score
     reference, policy = frozen(sft), sft  # PPO trains sft in place; the reference is its copy
     quality = reward_model_quality(score_fn, reference, data, cfg)
+    if cfg.reward != "model":  # the reward model's scores have mean 0 already
+        start_at_mean(policy, score_fn, data.prompts["train"], cfg)
     record_xray(0, policy, reference, score_fn, data.prompts["validation"], cfg)
     log = train_ppo(policy, reference, score_fn, data.prompts, cfg)
     save_model(policy, Path(cfg.out) / "policy")

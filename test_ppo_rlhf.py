@@ -2097,6 +2097,31 @@ def test_the_reward_model_learns_a_ranking_and_normalises_to_zero_and_one(world)
         assert abs(scores.mean()) < 1e-4 and abs(scores.std() - 1) < 1e-4
 
 
+def test_the_critic_begins_at_the_mean_of_a_reward_that_is_not_normalised(run, world, tmp_path):
+    """Then not all advantages of the first batch have one sign. A trained reward model has mean 0.
+    """
+    _, actor, _, prompts = world
+    actor, cfg = copy.deepcopy(actor), small_config("--batch_size", "16")
+
+    def far_below_zero(completions):
+        return [-5.0 - len(text) / 10 for text in completions]
+
+    ppo.start_at_mean(actor, far_below_zero, prompts, cfg)
+    rollout = ppo.sample_and_score(actor, actor, far_below_zero, prompts * 2, cfg)
+    begin = rollout.values[rollout.mask]
+    assert (begin == begin[0]).all()
+    assert abs(begin[0] - rollout.scores.mean()) < 3 * rollout.scores.std() / math.sqrt(8)
+    assert begin[0] < -5
+
+    (tmp_path / "always.py").write_text("def five(replies): return [5.0] * len(replies)\n")
+    own = ["--reward", f"{tmp_path}/always.py:five", "--missing_eos_penalty", "0"]
+    for flags, expected in [([], 0.0), (own, 5.0)]:
+        out = tmp_path / f"{expected:.0f}"
+        ppo.main([*TINY, "--init_from", str(run), "--cycles", "1", *flags, "--out", str(out)])
+        lines = [json.loads(line) for line in (out / "xray.jsonl").read_text().splitlines()]
+        assert flat(line["V(s_t)"] for line in lines if line["cycle"] == 0)[0] == expected
+
+
 def test_a_judge_is_measured_by_pairs_that_the_human_finds_different(world, monkeypatch):
     _, actor, _, prompts = world
     cfg = small_config()

@@ -75,7 +75,7 @@ def first_run(tmp_path, monkeypatch):
 
     Their names are those that the pages use.
     """
-    for name in ["runs/first", "runs/a", "runs/zh", "RUN"]:
+    for name in ["runs/first", "runs/lesson", "runs/a", "runs/zh", "RUN"]:
         run = tmp_path / name
         (run / "sft").mkdir(parents=True)
         (run / "sft/heads.safetensors").touch()
@@ -121,8 +121,9 @@ def test_every_command_on_a_page_is_one(page, first_run):
             cfg = ppo.parse_config(flags)
             named, reward = [cfg.prompts, cfg.demos, cfg.preferences], cfg.reward
             if reward.startswith("notes/"):
-                named.append(reward.split(":")[0])
-                assert callable(ppo.load_reward(cfg))
+                reward_file, function = reward.split(":")
+                named.append(reward_file)
+                assert f"\ndef {function}(" in read(HERE / reward_file)
             for path in named:
                 assert not path or (HERE / path).is_file(), command
         elif file.startswith("notes/"):
@@ -285,6 +286,28 @@ def test_the_reward_functions_on_the_page_are_such():
             assert len(scores) == 2 and scores[0] != scores[1]
             count += 1
     assert count == 2
+
+
+def test_every_cell_of_the_lesson_runs_without_jupyter(run, tmp_path, monkeypatch, capsys):
+    """With a finished run beside it, as a teacher brings it along."""
+    shutil.copytree(run, tmp_path / "runs/lesson")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(HERE)
+    monkeypatch.setattr(ppo, "assign_rewards", ppo.assign_rewards)  # the lesson replaces it
+    lesson = json.loads(read(NOTES / "lesson.ipynb"))
+    names = {}
+    for cell in lesson["cells"]:
+        if cell["cell_type"] == "code":
+            assert not cell["outputs"]  # they would grow old
+            source = "".join(cell["source"]).replace('"--cycles", "20"', '"--cycles", "2"')
+            exec(source, names)
+    shown = capsys.readouterr().out
+    for number in ["3.9000", "1.6700", "2.6525", "-0.2595", "clip_fraction 0.5"]:
+        assert number in shown, number
+    assert ppo.assign_rewards is names["assign_rewards"]  # put back
+    before_code = [a["cell_type"] for a, b in zip(lesson["cells"], lesson["cells"][1:])
+                   if b["cell_type"] == "code"]
+    assert before_code.count("markdown") >= 10  # a question before each cell
 
 
 # ==================================================================================================
