@@ -1326,7 +1326,7 @@ def show_report(report: dict, tables: dict[str, list], prompts: list[str], cfg):
             N = len(table) // len(prompts)
             say(f"  {name:10}  {one_line(table[i * N]['reply'])}")
     seconds = [f"{name} {x:.1f}" for name, x in report["seconds"].items()]
-    say("\nSECONDS: " + ", ".join(seconds) + "\n")
+    say("\nSECONDS: " + ", ".join(seconds))
     warn_of_reward(report["reward_model"])
     warn_if_constant(tables["sft"])
     warn_if_unfinished(tables["ppo"], cfg)
