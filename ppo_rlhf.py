@@ -68,6 +68,9 @@ from pathlib import Path
 from statistics import pstdev
 from typing import NamedTuple
 
+# torch's threads wait for each other by spinning. Beside other programs, long spinning costs much.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # it counts only before torch is loaded
+
 import torch
 import torch.distributed as dist
 import torch.nn as nn
