@@ -1809,16 +1809,18 @@ def shorten(lines: list[Line], model, cfg) -> list[Line]:
           f"--max_new_tokens must leave 32 of {positions} tokens to the prompt")
     short, cuts = [], 0
     for line in lines:
+        prompt, _, _ = without_marks(line.replies[0], model.tokenizer)
+        short_prompt = cut(prompt, positions - cfg.max_new_tokens, model.tokenizer, True)
         replies = []
         for reply in line.replies:
-            prompt, text, _ = without_marks(reply, model.tokenizer)
-            short_prompt = cut(prompt, positions - cfg.max_new_tokens, model.tokenizer, True)
+            _, text, _ = without_marks(reply, model.tokenizer)
             short_text = cut(text, cfg.max_new_tokens - 1, model.tokenizer)
             replies.append(Reply(short_prompt, short_text, short_text == text))
         if short_prompt != prompt or not all(reply.finished for reply in replies):
             cuts += 1
+        # Without the end that was cut off, replies may be equal. Without EOS, one may be empty.
         empty = len(replies) == 1 and line.replies[0].text and not replies[0].text
-        if len(set(replies)) == len(replies) and not empty:  # they may have become so
+        if len(set(replies)) == len(replies) and not empty:
             short.append(line._replace(replies=replies))
     if cuts:
         say(f"{cuts} of {len(lines)} lines cut to fit --max_new_tokens {cfg.max_new_tokens} "
@@ -2054,13 +2056,14 @@ def with_columns(score_fn, own: dict[str, list[Line]]):
     the true answers. If the file has messages, score_fn gets prompts and completions as messages.
     `replies` are the completions as texts, in any case.
     """
-    known, first = {}, {}
+    known = {}
     for line in own["prompts"] + own["preferences"] + own["demos"]:
         known.setdefault(line.replies[0].prompt, line)
     for line in own["prompts"]:
-        prompt, given = line.replies[0].prompt, dict(line.fields, prompt="")
-        check(first.setdefault(prompt, given) == given, f"--prompts {prompt[-60:]!r} stands there "
-              "twice, and the further fields, such as the answer, differ")
+        prompt = line.replies[0].prompt
+        same = dict(line.fields, prompt="") == dict(known[prompt].fields, prompt="")
+        check(same, f"--prompts {prompt[-60:]!r} stands there twice, and the further fields, such "
+              "as the answer, differ")
     columns = list(dict.fromkeys(name for line in own["prompts"] for name in line.fields))
     nothing = Line([], [], {})
 
