@@ -26,21 +26,28 @@ Read Part I once, from top to bottom. It leaves to the workshop what is not the 
 resuming, several processes, bfloat16, small batches for little memory, checks of the user's input.
 These are the workshop's functions that it calls:
     encode, encode_prompts    turn texts into padded token ids; decode is the way back
-    optimizer_step            updates the weights once on a loss: backward pass, clip, AdamW step
+    optimizer_step            one update on a loss: backward pass, limit to the gradient, AdamW
+                              step; returns the loss and the metrics as numbers
     ask_score_fn              calls the reward function and checks what it returns
-    draw                      gives a random batch of a list
+    split                     divides prompts into train, validation, test
+    draw, draw_prompts        give a random batch of a list; the prompts of one cycle
     share, gather, moments    divide work among processes; collect it; mean and variance over all
-    steps_to_do, cycles_to_do count the steps; cycles_to_do also saves and resumes
+    same_in_all_processes     copies a model's weights from the first process to the others
+    steps_to_do               counts the steps of a stage, and gives each one its random numbers
+    cycles_to_do              does the same for PPO's cycles; it also saves and resumes the run
     chunks, repeat_each       cut a list into pieces; repeat each of its items
     check_logits              stops the run if the model computes NaN
     reseed, say               set the random seed for one purpose; print
-Of Part II it calls judge (the human), mean, validate, is_best and what prints and writes metrics.
+From Part II it uses judge (the human), WORLD_PROMPTS, validate, worth_keeping, and functions that
+compute, print and write metrics. `cfg` holds all flags. PPO's own flags are in PPOConfig, at the
+end of section 1. Config (section 8) adds the others. Data (section 7) holds all texts.
 
 LETTERS in the shape comments: B replies in the batch, T tokens of the longest reply, P tokens of
 the longest prompt, V words in the vocabulary. In formulas, V(s_t) is the value of a state. `mask`
 [B,T] is True on the real tokens of a reply, EOS included. A position where it is False must not
 influence any result. Log-probs and KL use natural logarithms. A to E are the five articles. An id
 such as S2 is a point in one of them: notes/guide.md lists all. You can read on without them.
+Article E writes A_t for the action and for the advantage. Here the action is a_t, small.
 """
 from __future__ import annotations
 
@@ -68,8 +75,9 @@ from pathlib import Path
 from statistics import pstdev
 from typing import NamedTuple
 
-# torch's threads wait for each other by spinning. Beside other programs, long spinning costs much.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # it counts only before torch is loaded
+# torch's threads wait for each other in a busy loop. Beside other programs this costs much time, so
+# the loop is made short. The variable has an effect only if it is set before torch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
 import torch.distributed as dist
@@ -111,6 +119,7 @@ def sample_tokens(logits, temperature: float = 1.0):
     cumulative = probabilities.cumsum(dim=-1)                                           # [B,V]
     point = torch.rand(len(logits), 1, dtype=torch.double, device=logits.device)        # [B,1]
     point = point * cumulative[:, -1:]  # the whole line has length 1, apart from rounding
+    # searchsorted finds the first token whose cumulative probability is above the point.
     return torch.searchsorted(cumulative, point, right=True).squeeze(-1)                # [B]
 
 
@@ -121,19 +130,21 @@ def generate(actor, prompt_ids, prompt_mask, max_new_tokens: int, eos_id: int, p
 
     prompt_ids, prompt_mask: [B,P], padded on the left, so that all replies start in one column.
     Returns reply_ids and mask [B,T], padded on the right, because replies grow to the right and end
-    at different times. T is the longest reply. eos_id=-1 never stops. The cache keeps what the
-    model computed for the earlier tokens, so each pass feeds it only the newest token.
+    at different times. T is the longest reply. The first pass reads the prompt. The cache stores
+    what the model has computed for the tokens so far, so every later pass reads only the newest
+    one. (eos_id=-1, for tests and timings: no reply ends before the limit.)
     """
-    ids, mask, cache = prompt_ids, prompt_mask, None
+    ids, cache = prompt_ids, None
+    seen_mask = prompt_mask  # the real tokens of the prompt and the reply so far       # [B,P+t]
     running = torch.ones_like(prompt_mask[:, 0])  # which replies have no EOS yet       # [B]
     reply_columns, mask_columns = [], []
     for _ in range(max_new_tokens):
-        logits, cache = actor.next_token(ids, mask, cache)                              # [B,V]
+        logits, cache = actor.next_token(ids, seen_mask, cache)                         # [B,V]
         tokens = sample_tokens(logits, temperature)                                     # [B]
         tokens = torch.where(running, tokens, pad_id)
         reply_columns.append(tokens)
         mask_columns.append(running)  # EOS itself is a real token: the policy chose it
-        mask = torch.cat([mask, running.unsqueeze(1)], dim=1)
+        seen_mask = torch.cat([seen_mask, running.unsqueeze(1)], dim=1)
         running = running & (tokens != eos_id)
         if not running.any():
             break
@@ -144,8 +155,8 @@ def generate(actor, prompt_ids, prompt_mask, max_new_tokens: int, eos_id: int, p
 def token_log_probs(logits, tokens):
     """log pi(a_t | s_t) of the tokens that were drawn: logits [B,T,V], tokens [B,T] -> [B,T] (T9).
 
-    log softmax(z)_a = z_a - logsumexp(z), for the logits z. We need only the tokens a that were
-    drawn, so we do not compute the log_softmax of the whole vocabulary.
+    log softmax(z)_a = z_a - logsumexp(z), for the token a that was drawn. PPO has divided the
+    logits z by the temperature before (`read_replies`). SFT takes them as they are.
     """
     chosen = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)                        # [B,T]
     return chosen - logits.logsumexp(dim=-1)
@@ -160,14 +171,16 @@ def token_rewards(log_probs, ref_log_probs, scores, mask, kl_coef: float):
 
     beta is E's k_kl, here `kl_coef`. pi is the policy that has just sampled the reply (step 6 calls
     it pi_old). Rewards are plain numbers; no gradient flows through them.
-    A token costs something where pi likes it more than the reference does, and pays something back
-    where pi likes it less. A reply costs beta * KL(pi || pi_ref) on average, which is not negative.
+    E says that every deviation costs. This holds on average only: a token costs something if pi
+    gives it more probability than the reference does, and earns something if pi gives it less.
+    Summed over a reply of pi, log pi - log pi_ref has a mean, called KL(pi || pi_ref). It is never
+    negative: on average a reply pays for its distance.
     Why pay for distance? The reward model learned from replies of SFT. A policy that goes far away
     from SFT finds nonsense that scores high, as the "hahaha" of article D (P1, P2).
 
     The score belongs to the last token of the reply. The last column is padding for most replies.
-    The losses ignore padding, so a score put there disappears, and no error is shown (N4).
-    The rewards of one reply add up to r_RM - beta * (its sum of log pi - log pi_ref).
+    Step 4 ignores padding, so a score put there disappears, and no error is shown (N4).
+    The rewards of a reply add up to r_RM - beta * (log pi - log pi_ref, summed over its tokens).
     """
     kl = torch.where(mask, log_probs - ref_log_probs, 0)                                # [B,T]
     last = mask.sum(dim=1, keepdim=True) - 1  # column of the last real token           # [B,1]
@@ -181,7 +194,8 @@ def value_head(width: int) -> nn.Module:
     """A small network: hidden state -> one number. Critic and reward model each have one."""
     head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(),
                          nn.Linear(2 * width, 1))
-    nn.init.zeros_(head[-1].weight)  # first values 0: the mean of normalised scores, section 4 (N5)
+    # V begins at 0. This is the mean score of SFT's replies, see `normalize` in section 4 (N5).
+    nn.init.zeros_(head[-1].weight)
     nn.init.zeros_(head[-1].bias)
     return head
 
@@ -189,14 +203,13 @@ def value_head(width: int) -> nn.Module:
 def state_values(head, hidden):
     """V(s_t) of every state: hidden states [B,T,width] -> [B,T].
 
-    V(s_t) is the total reward that the critic still expects in state s_t. hidden[:, t] is what the
-    language model computed just before token t; E's table prints this value beside token t. The
-    critic must not see token t: V(s_t) is the baseline for judging that token. If the critic saw
-    it, V would already include its effect, and A_t could not show it.
+    V(s_t) is the total reward that the critic still expects when it has read the prompt and the
+    tokens before a_t. E's table prints it beside token t. The advantage will tell whether a_t was
+    better than expected. So the expectation must be formed before a_t is known: hidden[:, t] comes
+    from the position before a_t (`ActorCritic.forward`, section 2, cuts it so).
 
-    `detach` stops the gradient, so the value loss trains the head and not the policy. Usual
-    elsewhere: a critic with a language model of its own, at twice the price; or a linear layer
-    without `detach`, whose loss changes the policy's layers. notes/experiments.md compares them.
+    `detach` stops the gradient. So the value loss trains the head, and it cannot spoil the layers
+    that the policy uses. Often the critic has a language model of its own (notes/experiments.md).
     """
     return head(hidden.detach().float()).squeeze(-1)
 
@@ -226,11 +239,11 @@ def gae(rewards, values, mask, gamma: float, lam: float):
     The advantage says how much better it went from token t on than the critic expected. Step 6
     makes a token with A_t > 0 more likely and a token with A_t < 0 less likely.
 
-    lambda = 0 gives the TD residual: little noise, but it believes the critic. lambda = 1 gives the
-    rewards that really came, minus V(s_t) (Monte Carlo): no bias, but much noise. 0.95 is the usual
-    compromise (T2). If lambda is below 1, the return also contains V of later states.
-    The returns use these advantages as they are. If `whiten` (below) scales the advantages, that
-    comes later: the critic must learn in the unit of the rewards.
+    lambda = 0   G_t = r_t + gamma * V(s_{t+1})      little noise, but as wrong as the critic (bias)
+    lambda = 1   G_t = r_t + gamma * r_{t+1} + ...   the rewards that came; no bias, much noise
+    With lambda = 1 the later values in delta_t + gamma * delta_{t+1} + ... cancel (Monte Carlo).
+    0.95 is a usual compromise (T2). The returns use these advantages, and not those that `whiten`
+    (below) has scaled: the critic must learn in the unit of the rewards.
     """
     deltas = td_residuals(rewards, values, mask, gamma)                                 # [B,T]
     advantages = torch.zeros_like(deltas)
@@ -242,14 +255,10 @@ def gae(rewards, values, mask, gamma: float, lam: float):
     return advantages, returns
 
 
-def whiten(x, mask, shift_mean: bool = True):
-    """Scale x [B,T] to variance 1 over the real tokens (N7). Advantages are shifted to mean 0, too.
-    For rewards use shift_mean=False; this script does not whiten them."""
+def whiten(x, mask):
+    """Shift x [B,T] to mean 0 and scale it to variance 1, over the real tokens (N7)."""
     mean, variance = moments(x, mask)
-    white = (x - mean) / math.sqrt(variance + 1e-8)
-    if not shift_mean:
-        white = white + mean
-    return torch.where(mask, white, 0)
+    return torch.where(mask, (x - mean) / math.sqrt(variance + 1e-8), 0)
 
 
 # ---- Step 6: three losses (S6) -------------------------------------------------------------------
@@ -275,9 +284,10 @@ def policy_loss(log_probs, old_log_probs, advantages, mask, clip_eps: float):
         3. A < 0, rho >= 1-eps   the token gets less likely
         4. A < 0, rho <  1-eps   it is far enough: the gradient is 0
 
-    Why the min? Suppose that A > 0 and rho < 1-eps: the token should get more likely, and it has
-    become less likely. With clip alone the gradient would be 0, and this mistake would stay. The
-    min takes rho * A here, so the gradient brings the token back. The same holds for A < 0.
+    Why the min? Take eps = 0.2, A = 1, rho = 0.5: the token should get more likely, and it has
+    become less likely. The clipped term is 0.8, a constant: alone it would leave the mistake. The
+    min takes rho * A = 0.5, whose gradient brings the token back. So too with A = -1, rho = 1.5:
+    the clipped term is -1.2, a constant, and the min takes -1.5.
 
     clip_fraction is the share of tokens whose gradient the clip has set to 0. The clip is a brake
     and not a wall: other tokens share the same weights and can push rho further.
@@ -286,21 +296,14 @@ def policy_loss(log_probs, old_log_probs, advantages, mask, clip_eps: float):
     unclipped = ratio * advantages
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages
     loss = -masked_mean(torch.min(unclipped, clipped), mask)
-    braked = clipped < unclipped  # min takes the clipped term; there clamp is constant
+    braked = clipped < unclipped  # cases 2 and 4: min takes the clipped term, a constant
     return loss, masked_mean(braked.float(), mask)
 
 
-def value_loss(values, returns, mask, old_values=None, value_clip: float | None = None):
-    """E's C_V = 1/2 * mean over t of (V(s_t) - G_t)^2: tensors [B,T] -> scalar (S6, L8).
-
-    Some libraries clip here too (off in this script): if V has already moved by more than
-    value_clip from its old value towards G_t, its gradient is 0.
-    """
-    error = torch.where(mask, values - returns, 0) ** 2                                 # [B,T]
-    if value_clip is not None:
-        near = old_values + (values - old_values).clamp(-value_clip, value_clip)
-        error = torch.max(error, torch.where(mask, near - returns, 0) ** 2)
-    return 0.5 * masked_mean(error, mask)
+def value_loss(values, returns, mask):
+    """E's C_V = 1/2 * mean over t of (V(s_t) - G_t)^2: tensors [B,T] -> scalar (S6, L8)."""
+    error = torch.where(mask, values - returns, 0)                                      # [B,T]
+    return 0.5 * masked_mean(error ** 2, mask)
 
 
 def entropy(logits):
@@ -315,7 +318,8 @@ def entropy(logits):
 # ---- The settings of these steps: each field is a flag, `lr` is --lr -----------------------------
 @dataclass
 class PPOConfig:
-    """What can be turned in PPO. HfArg holds a flag's default and its help; cfg.lr is a number."""
+    """What can be changed in PPO, with usual ranges. HfArg declares a flag; cfg.lr is a number.
+    Config (section 8) adds the other flags. RANGES there lists the flags that may be 0."""
 
     cycles: int = HfArg(default=60, help=(
         "How often PPO runs Phase I and Phase II. 20 are enough to see the idea. (L1)"))
@@ -326,7 +330,7 @@ class PPOConfig:
     max_new_tokens: int = HfArg(default=32, help=(
         "The longest reply, in tokens. If it is too short, replies end unfinished. (N3)"))
     temperature: float = HfArg(default=0.7, help=(
-        "Divides the logits, in sampling and log-probs, 0.7 to 1. Low: nothing new is tried. (L5)"))
+        "Divides all logits, 0.7 to 1. If it is low, the policy tries little that is new. (L5)"))
     kl_coef: float = HfArg(default=0.1, help=(
         "beta, the price of KL, 0.01 to 0.2. With 0, PPO cheats the reward model. (S2, P2)"))
     missing_eos_penalty: float = HfArg(default=1.0, help=(
@@ -338,15 +342,15 @@ class PPOConfig:
     whiten_advantages: bool = HfArg(default=False, help=(
         "Scale the advantages of a batch to mean 0 and variance 1. (N7, P3)"))
     ppo_epochs: int = HfArg(default=4, help=(
-        "How often Phase II goes through the batch, 2 to 4. More: the data gets stale. (N9)"))
+        "How often Phase II goes through the batch, 2 to 4. With more, its data gets old. (N9)"))
     minibatches: int = HfArg(default=2, help=(
-        "Updates per epoch, 1 to 8. It must divide batch_size. More: faster and noisier."))
+        "Updates per epoch, 1 to 8. It must divide batch_size. More are faster and noisier."))
     lr: float = HfArg(default=3e-4, help=(
         "Learning rate of PPO, well below SFT's. It falls to 0. With --model it is 1e-5. (P3)"))
     clip_eps: float = HfArg(default=0.2, help=(
         "epsilon, 0.1 to 0.3: how far the ratio moves from 1 before its gradient is 0. (S6, P3)"))
     vf_coef: float = HfArg(default=0.5, help=(
-        "c_V, the weight of the value loss, 0.1 to 1. Here it matters little. (S6)"))
+        "c_V, the weight of the value loss, 0.1 to 1. Only the critic learns from it. (S6)"))
     ent_coef: float = HfArg(default=0.0, help=(
         "The weight of the entropy, 0 to 0.02. Too high: the policy talks at random. (S6)"))
 
@@ -376,14 +380,14 @@ def position_ids(mask):
 
 
 class HeadedModel(nn.Module):
-    """A causal language model with a small network on top. Actor and reward model are such."""
+    """A causal language model with a small network on top: ActorCritic or RewardModel."""
 
     def __init__(self, lm, tokenizer=None, cfg: Config | None = None):
         super().__init__()
         # eval() always, also in training: with dropout, ratio and KL would be noise (N8).
         self.lm = lm.eval()
-        width = lm.get_output_embeddings().weight.shape[1]  # of the hidden states
-        self.head = value_head(width)
+        hidden_width = lm.get_output_embeddings().weight.shape[1]  # the columns of this matrix
+        self.head = value_head(hidden_width)
         self.tokenizer = tokenizer
         self.cfg = cfg or Config()
         self.to(self.cfg.device)
@@ -407,8 +411,10 @@ class ActorCritic(HeadedModel):
         ids = torch.cat([prompt_ids, reply_ids], dim=1)                                 # [B,P+T]
         mask = torch.cat([prompt_mask, reply_mask], dim=1)                              # [B,P+T]
         positions = position_ids(mask)                                                  # [B,P+T]
-        # The output at a position predicts the next token. With P=2, T=3 the model reads
-        # p0 p1 a0 a1 and predicts p1 a0 a1 a2: we keep the last T outputs, and never feed in a2.
+        # The output at a position predicts the next token. With P=2 and T=3:
+        #     the model reads   p0 p1 a0 a1
+        #     it predicts       p1 a0 a1 a2    and we keep the last T outputs
+        #     with the values      V0 V1 V2    of the states before a0, a1, a2
         out = self.lm(input_ids=ids[:, :-1], attention_mask=mask[:, :-1].long(),
                       position_ids=positions[:, :-1], logits_to_keep=T,
                       output_hidden_states=True, use_cache=False)
@@ -417,9 +423,7 @@ class ActorCritic(HeadedModel):
 
     def next_token(self, ids, mask, cache):
         """Feed the newest tokens ids [B,L] -> logits [B,V] of the next one, and the longer cache.
-
-        mask covers all tokens so far. cache is None in the first call.
-        """
+        mask covers all tokens so far. cache is None in the first call."""
         positions = position_ids(mask)[:, -ids.shape[1]:]  # of the newest tokens
         out = self.lm(input_ids=ids, attention_mask=mask.long(), position_ids=positions,
                       past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -428,14 +432,15 @@ class ActorCritic(HeadedModel):
 
 
 class RewardModel(HeadedModel):
-    """Its head reads one score at the last token of a reply: only there has it seen all (N4)."""
+    """Its head reads the score at the last token, because only there it has seen all (N4)."""
 
     def forward(self, prompt_ids, prompt_mask, reply_ids, reply_mask):
-        """Scores [B]. After `normalize`, the unit is the standard deviation of SFT's replies."""
+        """Scores [B]. `normalize` gives the scores of SFT's replies mean 0 and deviation 1."""
         ids = torch.cat([prompt_ids, reply_ids], dim=1)                                 # [B,P+T]
         mask = torch.cat([prompt_mask, reply_mask], dim=1)                              # [B,P+T]
+        # No logits are needed. 1 is the fewest that the library computes: 0 means all.
         out = self.lm(input_ids=ids, attention_mask=mask.long(), position_ids=position_ids(mask),
-                      output_hidden_states=True, use_cache=False, logits_to_keep=1)  # 0 means all
+                      output_hidden_states=True, use_cache=False, logits_to_keep=1)
         last = prompt_ids.shape[1] + reply_mask.sum(dim=1) - 1  # column -1 may be padding  # [B]
         rows = torch.arange(len(last), device=last.device)
         hidden = out.hidden_states[-1][rows, last]                                      # [B,width]
@@ -443,7 +448,7 @@ class RewardModel(HeadedModel):
 
     @torch.no_grad()
     def score(self, prompts: list[str], completions: list[str], finished: list[bool]):
-        """The reward model as a reward function: texts -> a list of numbers."""
+        """The reward model as any other reward function: texts -> a list of numbers."""
         replies = [Reply(*fields) for fields in zip(prompts, completions, finished)]
         scores = []
         for part in chunks(replies, self.cfg.micro_batch_size):
@@ -472,7 +477,7 @@ class Rollout:
     log_probs: torch.Tensor | None = None      # [B,T]  log pi_old(a_t|s_t), all we keep of pi_old
     values: torch.Tensor | None = None         # [B,T]  V(s_t)
     ref_log_probs: torch.Tensor | None = None  # [B,T]  log pi_ref(a_t|s_t)
-    scores: torch.Tensor | None = None         # [B]    r_RM of the whole reply
+    scores: torch.Tensor | None = None         # [B]    r_RM, minus the penalty if unfinished
     rewards: torch.Tensor | None = None        # [B,T]  r_t
     advantages: torch.Tensor | None = None     # [B,T]  A_t
     returns: torch.Tensor | None = None        # [B,T]  G_t
@@ -481,19 +486,19 @@ class Rollout:
         return len(self.mask)
 
     def __getitem__(self, index) -> Rollout:
-        """A smaller rollout: the replies with these numbers."""
+        """A smaller rollout. index: which rows, as a slice or as a tensor of their numbers."""
         selected = copy.copy(self)
         for name, x in vars(self).items():
             if torch.is_tensor(x):
                 setattr(selected, name, x[index])
-        numbers = torch.arange(len(self), device=self.mask.device)[index]  # index may be a slice
-        selected.replies = [self.replies[i] for i in numbers]
+        rows = torch.arange(len(self), device=self.mask.device)[index].tolist()
+        selected.replies = [self.replies[row] for row in rows]
         return selected
 
 
 # ---- Phase I: collect data, steps 1 to 5 ---------------------------------------------------------
 def sample_replies(actor, prompts: list[str], cfg) -> Rollout:
-    """Step 1: one reply to each prompt, as text and as tokens. The other fields stay empty."""
+    """One reply to each prompt, as text and as tokens. The other fields stay empty."""
     tokenizer = actor.tokenizer
     prompt_ids, prompt_mask = encode_prompts(actor, prompts)
     reply_ids, mask = generate(actor, prompt_ids, prompt_mask, cfg.max_new_tokens,
@@ -502,8 +507,8 @@ def sample_replies(actor, prompts: list[str], cfg) -> Rollout:
     finished = ended.any(dim=1).tolist()
     texts = decode(tokenizer, reply_ids)
     replies = [Reply(*fields) for fields in zip(prompts, texts, finished)]
-    first_places = [prompts.index(prompt) for prompt in prompts]  # equal for equal prompts
-    group = torch.tensor(first_places, device=mask.device)                              # [B]
+    first_seen_at = [prompts.index(prompt) for prompt in prompts]  # equal for equal prompts
+    group = torch.tensor(first_seen_at, device=mask.device)                             # [B]
     return Rollout(replies, group, prompt_ids, prompt_mask, reply_ids, mask)
 
 
@@ -539,9 +544,10 @@ def score_replies(score_fn, replies: list[Reply], cfg):
 
 
 def sample_and_score(actor, reference, score_fn, prompts: list[str], cfg) -> Rollout:
-    """What training and evaluation both need. One pass gives both log-probs and values."""
-    rollout = sample_replies(actor, prompts, cfg)                                       # Step 1
-    rollout.log_probs, rollout.values = read_without_gradient(actor, rollout, cfg)      # Step 3
+    """Step 1, and what step 2 needs: log-probs and scores. Training and evaluation both do this.
+    The pass that gives the actor's log-probs gives the values, too. So step 3 is done here."""
+    rollout = sample_replies(actor, prompts, cfg)
+    rollout.log_probs, rollout.values = read_without_gradient(actor, rollout, cfg)
     rollout.ref_log_probs, _ = read_without_gradient(reference, rollout, cfg)
     rollout.scores = score_replies(score_fn, rollout.replies, cfg).to(rollout.mask.device)
     return rollout
@@ -560,7 +566,8 @@ def collect_rollout(actor, reference, score_fn, prompts: list[str], cfg) -> Roll
 # ---- Four places where algorithms differ ---------------------------------------------------------
 # To try another algorithm, change one of these functions, or assign your own to its name from
 # outside: `ppo_rlhf.estimate_advantages = mine`. Each is called in one place. The first two get the
-# whole rollout, the others a minibatch of it. Report, X-ray and validation do not use them.
+# whole rollout, the others a minibatch. Report, X-ray and validation do not use them. So the policy
+# that is kept is always chosen by r_RM - beta * KL.
 
 def assign_rewards(rollout: Rollout, cfg):
     """Step 2 of a rollout -> [B,T]. A price for every token would be subtracted here."""
@@ -571,9 +578,17 @@ def assign_rewards(rollout: Rollout, cfg):
 def estimate_advantages(rollout: Rollout, cfg):
     """Steps 4 and 5 of a rollout -> advantages and returns, both [B,T].
 
-    GRPO's baseline would go here: no critic, but the mean reward of the replies to the same prompt.
-    `rollout.group` tells which these are; set --replies_per_prompt 4. Without a critic, set
-    --vf_coef 0, and return the advantages in place of the returns: nothing learns from them.
+    GRPO's baseline would go here. It needs no critic: each token gets the sum of its reply's
+    rewards, minus the mean of these sums over the group, the replies to the same prompt:
+
+        sums = rollout.rewards.sum(dim=1)                                               # [B]
+        same = (rollout.group[:, None] == rollout.group).float()                        # [B,B]
+        baseline = same @ sums / same.sum(dim=1)                                        # [B]
+        advantages = torch.where(rollout.mask, (sums - baseline)[:, None], 0)           # [B,T]
+        return advantages, advantages
+
+    --replies_per_prompt 4 makes groups. --vf_coef 0 switches the critic off, so the second result
+    is not used. GRPO also divides by the group's standard deviation; add a little to it against 0.
     """
     return gae(rollout.rewards, rollout.values, rollout.mask, cfg.gamma, cfg.lam)
 
@@ -582,8 +597,9 @@ def actor_loss(log_probs, rollout: Rollout, cfg):
     """Step 6 for the policy: new log-probs [B,T] of a minibatch -> (loss, clip_fraction).
 
     KL in the loss would be added here: beta * masked_mean(exp(-x) - 1 + x, mask), as GRPO has it,
-    with x = log_probs - rollout.ref_log_probs. x alone would teach nothing: E_pi[grad log pi] = 0.
-    Then `assign_rewards` must leave the KL out: it passes 0 in place of cfg.kl_coef (T6).
+    with x = log_probs - rollout.ref_log_probs, set to 0 on padding. `assign_rewards` must then pass
+    0 in place of cfg.kl_coef, or KL is paid twice (T6). x alone would teach nothing: its gradient
+    is grad log pi, with the mean sum(pi * grad log pi) = sum(grad pi) = grad 1 = 0.
     """
     return policy_loss(log_probs, rollout.log_probs, rollout.advantages, rollout.mask, cfg.clip_eps)
 
@@ -595,23 +611,19 @@ def critic_loss(values, rollout: Rollout, cfg):
 
 # ---- Phase II: learn from the data, step 6 -------------------------------------------------------
 def ppo_loss(actor, rollout: Rollout, cfg):
-    """The loss of a minibatch, L = C_clip + c_V * C_V - c_ent * H -> loss, tokens, metrics."""
+    """L = C_clip + c_V * C_V - c_ent * H of a minibatch -> loss, number of tokens, metrics.
+    If memory is small, `optimizer_step` takes it in pieces, weighed by their numbers of tokens."""
     log_probs, values, logits = read_replies(actor, rollout, cfg.temperature)
     pg_loss, clip_fraction = actor_loss(log_probs, rollout, cfg)                 # C_clip
     v_loss = critic_loss(values, rollout, cfg)                                   # C_V
     mean_entropy = masked_mean(entropy(logits), rollout.mask)                           # H
     loss = pg_loss + cfg.vf_coef * v_loss - cfg.ent_coef * mean_entropy
-
-    log_ratio = torch.where(rollout.mask, log_probs - rollout.log_probs, 0).detach()    # log rho_t
     metrics = {
         "policy_loss": pg_loss,
         "value_loss": v_loss,
         "entropy": mean_entropy,
-        "clip_fraction": clip_fraction,
-        # The mean of -log rho is KL(pi_old || pi). The mean of rho - 1 is 0 under pi_old, so it may
-        # be added, and x - 1 >= log x makes every term >= 0.
-        "approx_kl": masked_mean(log_ratio.exp() - 1 - log_ratio, rollout.mask),
-        "first_log_ratio": masked_mean(log_ratio.abs(), rollout.mask)}
+        "clip_fraction": clip_fraction}
+    metrics.update(distance_from_old(log_probs, rollout))  # approx_kl, first_log_ratio
     return loss, rollout.mask.sum(), metrics
 
 
@@ -620,13 +632,13 @@ def update_policy(actor, optimizer, rollout: Rollout, cfg) -> dict[str, float]:
 
     The rollout was expensive, so it is used several times. But its tokens come from the old policy.
     The ratio corrects for that, and the clip keeps the new policy near the old one (T3).
-    Returns the metrics, averaged over all updates. first_log_ratio is the mean |log rho| of the
-    first minibatch, before any update: in float32 below 1e-5, or the old log-probs are wrong.
+    Returns the metrics, averaged over all updates. Only first_log_ratio, the mean of |log rho|, is
+    that of the first minibatch, before any update. It must be 0, apart from rounding.
     """
     history = []
     for epoch in range(cfg.ppo_epochs):
         order = torch.randperm(len(rollout), device=rollout.mask.device)
-        for index in order.chunk(cfg.minibatches):  # that many pieces
+        for index in order.chunk(cfg.minibatches):
             metrics = optimizer_step(actor, optimizer, ppo_loss, rollout[index], cfg)
             history.append(metrics)
     metrics = column_means(history)
@@ -641,25 +653,20 @@ def make_optimizer(actor, cfg):
     """AdamW for actor and critic. Their learning rates fall to 0 over the run.
 
     The critic starts from nothing and should be ahead of the actor, so it learns ten times as fast.
-    There is no weight decay, which would pull all weights towards 0.
-    Two constants differ from Adam's usual ones (0.999, 1e-8). Late in training most gradients are
-    small, and a rare bad reply has a large one. With 0.999, Adam's mean of squared gradients reacts
-    so slowly that this step is up to three learning rates long, and other replies get worse. With
-    eps 1e-5, usual in PPO, rounding noise moves nothing. notes/evidence/trust.md has the figures.
+    There is no weight decay, which would pull all weights towards 0. beta_2 and eps are not Adam's
+    usual 0.999 and 1e-8. Adam's step is lr * m / (sqrt(v) + eps), with running means m of the
+    gradient and v of its square. Late in training most gradients are small, and a rare bad reply
+    has a large one, g. Then m = 0.1 g and v = (1 - beta_2) g^2, so the step is 3.2 lr with 0.999,
+    and harms other replies; with 0.95 it is 0.45 lr. With eps 1e-5, rounding noise moves nothing.
     """
     groups = [{"params": actor.lm.parameters(), "lr": cfg.lr},
               {"params": actor.head.parameters(), "lr": 10 * cfg.lr}]
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0, fused=True)
 
 
-def draw_prompts(prompts: list[str], rng: random.Random, cfg) -> list[str]:
-    """The prompts of one cycle, each repeated replies_per_prompt times; this process's share."""
-    drawn = rng.choices(prompts, k=cfg.batch_size // cfg.replies_per_prompt)
-    return repeat_each(share(drawn), cfg.replies_per_prompt)
-
-
 def train_ppo(actor, reference, score_fn, prompts: dict[str, list[str]], cfg) -> list[dict]:
-    """PPO's loop (L1). It trains `actor` and leaves in it the weights that `is_best` chose (L6).
+    """PPO's loop (L1). At each validation the policy is kept, unless an earlier one was clearly
+    better. In the end `actor` is the policy that was kept last (L6).
 
     PPO is on-policy: the next cycle uses nothing of this batch, because old replies are replies of
     another policy. Returns the metrics, one dict per cycle: the rows of metrics.csv.
@@ -667,26 +674,26 @@ def train_ppo(actor, reference, score_fn, prompts: dict[str, list[str]], cfg) ->
     optimizer = make_optimizer(actor, cfg)
     schedule = torch.optim.lr_scheduler.LinearLR(
         optimizer, start_factor=1.0, end_factor=0.0, total_iters=max(cfg.cycles, 1))
-    best = frozen(actor)
+    kept = frozen(actor)
     log = []
-    training = {"actor": actor, "best": best, "optimizer": optimizer, "schedule": schedule}
-    for cycle, rng in cycles_to_do(training, log, cfg):  # a resumed run loads its state first
+    training = {"actor": actor, "kept": kept, "optimizer": optimizer, "schedule": schedule}
+    for cycle, rng in cycles_to_do(training, log, cfg):  # to resume, it loads training and log
         start = time.perf_counter()
         asked = draw_prompts(prompts["train"], rng, cfg)
         rollout = collect_rollout(actor, reference, score_fn, asked, cfg)    # Phase I: steps 1 to 5
         metrics = update_policy(actor, optimizer, rollout, cfg)              # Phase II: step 6
         schedule.step()
         if cycle == 0:
-            show_first_update(rollout, best, actor, cfg)  # `best` is still the SFT policy
+            show_first_update(rollout, kept, actor, cfg)  # `kept` is still the SFT policy
         record_xray(cycle + 1, actor, reference, score_fn, prompts["validation"], cfg, rollout)
         metrics["validation"] = math.nan
         if (cycle + 1) % cfg.eval_every == 0 or cycle + 1 == cfg.cycles:
             objectives = validate(actor, reference, score_fn, prompts["validation"], cfg)
-            if is_best(objectives, log):
-                best.load_state_dict(actor.state_dict())
+            if worth_keeping(objectives, log):
+                kept.load_state_dict(actor.state_dict())
             metrics["validation"] = mean(objectives)
         record_cycle(log, cycle, rollout, metrics, time.perf_counter() - start, cfg)
-    actor.load_state_dict(best.state_dict())
+    actor.load_state_dict(kept.state_dict())
     return log
 
 
@@ -698,7 +705,8 @@ def train_ppo(actor, reference, score_fn, prompts: dict[str, list[str]], cfg) ->
 #    from which it must not go far, and the reward model, which says what is good.
 # ==================================================================================================
 def rise_and_fall(step: int, steps: int) -> float:
-    """The share of the learning rate in a step, 0 to steps - 1: warm-up, then half a cosine."""
+    """The factor of the learning rate: it rises for a tenth of the steps, then falls like a cosine.
+    `step` counts from 0. No step has the factor 0: nothing would be learned in it."""
     rise = steps // 10
     if step < rise:
         return (step + 1) / (rise + 1)
@@ -709,7 +717,7 @@ def train_supervised(model, loss_fn, examples: list, batch_size: int, steps: int
                      stage: str, cfg):
     """`steps` updates of AdamW on random batches. The learning rate rises for a tenth, then falls.
 
-    loss_fn(model, batch, cfg) -> (mean loss, number of tokens in this mean, metrics).
+    loss_fn(model, batch, cfg) -> (mean loss, number of tokens or rankings in this mean, metrics).
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -762,10 +770,12 @@ def sample_groups(actor, prompts: list[str], K: int, cfg) -> list[list[Reply]]:
 def label_rankings(sft, prompts: list[str], cfg, rng: random.Random, K: int = 4):
     """The human ranks K replies of the SFT model to one prompt, again and again (L3).
 
-    The human is unsure: a reply's impression is its points plus label_noise * Gumbel noise. Then
+    The human is unsure: a reply's impression is its points plus some noise. The noise is such that
     reply i is preferred to reply j with probability sigmoid((points_i - points_j) / label_noise).
-    This is the Plackett-Luce model of choice, and the loss below assumes the same. Only the order
-    of the replies leaves this function. The reward model never sees points.
+    `ranking_loss` assumes the same. Gumbel noise does this: i comes before j if label_noise * (g_j
+    - g_i) < points_i - points_j, and the difference of two Gumbel numbers g is below x with
+    probability sigmoid(x). Only the order of the replies leaves this function. The reward model
+    never sees points.
     """
     rankings = []
     for replies in sample_groups(sft, rng.choices(prompts, k=cfg.rankings), K, cfg):
@@ -818,8 +828,9 @@ def normalize(model, replies: list[Reply]):
 def start_at_mean(actor, score_fn, prompts: list[str], cfg):
     """Let the critic begin at the mean score of a batch of replies, not at 0 (N5).
 
-    A reward of your own is not normalised. If all its scores were far below 0, and the critic began
-    at 0, then every token of the first batch would have A_t < 0 and become less likely.
+    `run_stages` calls it before PPO for a reward of your own, which `normalize` has not scaled. If
+    all its scores were far below 0, and the critic began at 0, then every token of the first batch
+    would have A_t < 0 and become less likely.
     """
     rng = reseed(cfg, "critic")
     asked = share(rng.choices(prompts, k=cfg.batch_size))
@@ -833,7 +844,7 @@ def train_reward_model(sft, data: Data, cfg) -> RewardModel:
     rng = reseed(cfg, "rankings")
     rankings = data.rankings
     if not rankings:
-        known = split(WORLD_PROMPTS)["train"]  # the human has no opinion on other prompts
+        known = split(WORLD_PROMPTS)["train"]  # the human cannot judge replies to your own prompts
         rankings = label_rankings(sft, known, cfg, rng)
     model = RewardModel(copy.deepcopy(sft.lm), sft.tokenizer, cfg)
     same_in_all_processes(model)  # its head is new and random
@@ -1074,7 +1085,7 @@ def evaluate(actor, reference, score_fn, prompts: list[str], N: int, cfg) -> lis
 
 
 def replies_each(batches: int, prompts: list[str], cfg) -> int:
-    """How many replies to each prompt make this many batches. Two at least: they get a spread."""
+    """Replies to each prompt, so that all fill about `batches` batches. A spread needs two."""
     return max(2, batches * cfg.batch_size // len(prompts))
 
 
@@ -1087,7 +1098,7 @@ def validate(actor, reference, score_fn, prompts: list[str], cfg) -> list[float]
     return [line["objective"] for line in table]
 
 
-def is_best(objectives: list[float], log: list[dict]) -> bool:
+def worth_keeping(objectives: list[float], log: list[dict]) -> bool:
     """True if no earlier policy was clearly better than the one with these objectives.
 
     An earlier policy that is ahead by less than two standard errors may just have been lucky. Then
@@ -1099,6 +1110,19 @@ def is_best(objectives: list[float], log: list[dict]) -> bool:
         if validated and earlier["validation"] > mean(objectives) + luck:
             return False
     return True
+
+
+def distance_from_old(log_probs, rollout: Rollout) -> dict:
+    """How far the new log-probs [B,T] are from pi_old's, per token: two columns of metrics.csv.
+
+    KL(pi_old || pi) is the mean of -log rho over tokens that pi_old drew. approx_kl adds rho - 1.
+    On average this is 0, because sum(pi_old * rho) = sum(pi_old * pi / pi_old) = sum(pi) = 1. And
+    it makes every term at least 0, because rho - 1 >= log rho.
+    """
+    log_rho = torch.where(rollout.mask, log_probs - rollout.log_probs, 0).detach()      # [B,T]
+    return {
+        "approx_kl": masked_mean(log_rho.exp() - 1 - log_rho, rollout.mask),
+        "first_log_ratio": masked_mean(log_rho.abs(), rollout.mask)}
 
 
 def explained_variance(rollout: Rollout) -> float:
@@ -1119,29 +1143,40 @@ def optimum(scores, log_ratios, kl_coef: float):
     pi*    = pi_ref * exp(r / beta) / Z            the policy that maximises it
     J*(x)  = beta * log Z,   Z = E_ref[exp(r / beta)]
 
-    So we need no training to know the optimum, only an estimate of Z. Replies of the reference
-    alone give a bad one: the best replies are rare among them, and carry most of the sum. So half
-    of the replies come from the trained policy. The density they were drawn from is the mean of
-    both, and each is divided by it (the balance heuristic of multiple importance sampling):
+    Why? The second line says r = beta * log Z + beta * log(pi* / pi_ref). Put into the first line:
 
-    Z = mean over all samples of pi_ref / ((pi + pi_ref) / 2) * exp(r / beta)
+    J(pi)  = E_pi[beta * log Z + beta * log(pi* / pi_ref) - beta * log(pi / pi_ref)]
+           = beta * log Z - beta * KL(pi || pi*)   largest if the KL is 0: at pi*
+
+    At pi* every reply has the same objective, r - beta * log(pi* / pi_ref) = beta * log Z.
+
+    So we need no training to know the optimum, only an estimate of Z. Replies of the reference
+    alone give a bad one: the best replies are rare among them, but make most of Z. So half of the
+    samples come from the trained policy. A sample then has the probability (pi + pi_ref) / 2, and
+    not pi_ref, so it is weighed by the quotient of both (importance sampling; with several sources,
+    the balance heuristic):
+
+    Z = mean over all samples of exp(r / beta) / q,   q = (pi + pi_ref) / 2 / pi_ref
 
     scores, log_ratios: [prompts,2N], log_ratios = log pi - log pi_ref of whole replies. The first
     N columns are replies of pi, the others of pi_ref. The weights [prompts,2N] are the terms of
-    that mean, divided by Z, so their mean is 1. If pi is pi*, none of them is above 2.
+    that mean, each divided by Z, so their mean is 1.
     """
     scores, log_ratios = scores.double(), log_ratios.double()
-    # log of (pi + pi_ref) / 2 / pi_ref = (exp(log_ratio) + 1) / 2
-    log_mixture = torch.logaddexp(log_ratios, torch.zeros_like(log_ratios)) - math.log(2)
-    log_terms = scores / kl_coef - log_mixture                                        # [prompts,2N]
+    # q = (pi / pi_ref + 1) / 2, and pi / pi_ref = exp(log_ratio)
+    log_q = torch.logaddexp(log_ratios, torch.zeros_like(log_ratios)) - math.log(2)
+    log_terms = scores / kl_coef - log_q                                              # [prompts,2N]
     log_z = log_terms.logsumexp(dim=1) - math.log(scores.shape[1])                      # [prompts]
     return kl_coef * log_z, (log_terms - log_z.unsqueeze(1)).exp()
 
 
 def standard_error(terms) -> float:
-    """The error of the mean of terms [prompts,2N]: two halves, each a sample of its own."""
+    """The standard error of the mean of terms [prompts,2N].
+
+    The first N columns are a sample of the policy, the others one of the reference. The mean of all
+    is (mean_1 + mean_2) / 2, so its variance is (var_1 / N + var_2 / N) / 4.
+    """
     policy, reference = terms.chunk(2, dim=1)                                          # [prompts,N]
-    # mean = (mean of policy + mean of reference) / 2, so its variance is (var + var) / (4 * N)
     variance = (policy.var(dim=1) + reference.var(dim=1)) / (4 * policy.shape[1])       # [prompts]
     return (variance.sum().sqrt() / len(terms)).item()
 
@@ -1151,9 +1186,10 @@ def measure_optimum(policy, sft, log_ratios, kl_coef: float) -> dict[str, float]
 
     policy, sft: columns of their tables, name -> [prompts,N]. log_ratios [prompts,N]: log pi - log
     pi_ref of SFT's replies. The effective sample size of a prompt, 2N / mean(weights^2), says how
-    many equal samples would be as good. If the smallest is below 10, the best replies may have been
-    missed. Then J* is only a lower bound, and no error and no fraction is given. There is no
-    fraction either if SFT reaches J* already.
+    many samples of equal weight would be as good. If the smallest is below 10, the best replies may
+    have been missed, and without them Z is too small. Then J* is only a lower bound, and no error
+    and no fraction is given. There is no fraction either if SFT reaches J* already, and no J* if
+    beta is 0.
     """
     nothing = {
         "objective": math.nan,
@@ -1171,14 +1207,17 @@ def measure_optimum(policy, sft, log_ratios, kl_coef: float) -> dict[str, float]
     if size < 10:
         return result
 
-    # J* = beta * log Z, and d log Z = dZ / Z: the terms of Z / Z are the weights.
+    # J* = beta * log Z, so a small error of Z gives dJ* = beta * dZ / Z. Z is the mean of its
+    # terms. A term divided by Z is a weight. So the error is that of the mean of beta * weight.
     result["objective_error"] = standard_error(kl_coef * weights)
     way = result["objective"] - sft["objective"].mean().item()
     if way > 0:
         gone = (policy["objective"].mean() - sft["objective"].mean()).item()
         fraction = gone / way
-        # d fraction = (dJ(PPO) - (1 - fraction) * dJ(SFT) - fraction * dJ*) / way. So the error of
-        # the fraction is that of the mean of these terms. The 2: each J is a mean over one half.
+        # d fraction = d(gone / way) = (d gone - fraction * d way) / way
+        #            = (dJ(PPO) - dJ(SFT) - fraction * (dJ* - dJ(SFT))) / way
+        # So its error is that of the mean of the terms below. J(PPO) and J(SFT) are means over half
+        # of the columns, and this mean goes over all, so these halves count double.
         terms = torch.cat([2 * policy["objective"], -2 * (1 - fraction) * sft["objective"]], dim=1)
         terms = (terms - fraction * kl_coef * weights) / way
         result["fraction"] = fraction
@@ -1215,8 +1254,8 @@ def make_report(tables: dict[str, list], log_ratios: list[float], N: int, kl_coe
         columns[name] = {}
         for key in ["human", "reward", "kl", "objective"]:
             columns[name][key] = column(table, key, N)
-        # At the optimum all replies to a prompt have the same objective, for pi* / pi_ref is
-        # exp(r / beta) / Z. So this spread falls as the policy nears the optimum.
+        # At the optimum all replies to a prompt have the same objective (see `optimum`). So this
+        # spread falls as the policy comes near.
         entry["spread"] = columns[name]["objective"].std(dim=1).mean().item()
         report[name] = entry
     for name in tables:
@@ -1235,7 +1274,7 @@ def compare_models(models: dict, score_fn, prompts: list[str], cfg) -> tuple[dic
         rollouts = sample_many(model, models["sft"], score_fn, prompts, N, cfg)
         tables[name] = describe(rollouts, cfg.kl_coef)
         if name == "sft":  # the optimum needs log pi - log pi_ref of SFT's replies too
-            for rollout in rollouts:
+            for rollout in rollouts:  # SFT sampled them: rollout.log_probs are log pi_ref
                 log_probs, _ = read_without_gradient(models["ppo"], rollout, cfg)
                 log_ratios += (log_probs - rollout.log_probs).sum(dim=1).tolist()
     return make_report(tables, gather(log_ratios), N, cfg.kl_coef), tables
@@ -1255,9 +1294,10 @@ def reward_model_quality(score_fn, sft, data: Data, cfg) -> dict[str, float]:
         groups = sample_groups(sft, prompts, replies_each(cfg.eval_batches, prompts, cfg), cfg)
     alike, all_points, all_scores = [], [], []
     for replies in groups:
-        points = [judge(reply)["human"] for reply in replies]
         if data.held_out:
             points = list(range(len(replies), 0, -1))  # ranked, best first
+        else:
+            points = [judge(reply)["human"] for reply in replies]
         scores = ask_score_fn(score_fn, replies)
         for i, j in combinations(range(len(replies)), 2):
             if points[i] != points[j]:
@@ -1288,15 +1328,15 @@ def warn_of_reward(quality: dict[str, float]):
 
 
 def warn_if_constant(table: list[dict]):
-    """Warn if all replies in a table of `describe` have one score. Only the penalty may differ."""
-    ends = {line["finished"] for line in table}
+    """Warn if the reward depends on nothing except whether a reply is finished."""
+    ends = {line["finished"] for line in table}  # True, False or both
     outcomes = {(line["finished"], line["reward"]) for line in table}
     if len(outcomes) == len(ends) and len(table) > 2 * len(ends):
         say("warning: the reward is the same for all replies, so PPO learns nothing from it")
 
 
 def warn_if_unfinished(table: list[dict], cfg):
-    """Warn if hardly a reply in a table of `describe` ends by itself, and this costs points (N3)."""
+    """Warn if under 10% of the replies in a table of `describe` end, and this costs points (N3)."""
     finished = mean([line["finished"] for line in table])
     if finished < 0.1 and cfg.missing_eos_penalty > 0:
         say(f"warning: {1 - finished:.0%} of the replies are cut off at --max_new_tokens "
@@ -1341,23 +1381,26 @@ def one_line(text: str) -> str:
 
 
 # ---- The X-ray -----------------------------------------------------------------------------------
-def xray_columns(rollout: Rollout, cfg, rewards_of=token_rewards, advantages_of=gae) -> dict:
+# The X-ray keeps these three functions of the article, even if you assign others to their names.
+article_rewards, article_residuals, article_gae = token_rewards, td_residuals, gae
+
+
+def xray_columns(rollout: Rollout, cfg) -> dict:
     """Article E's table of a rollout: name -> [B,T].
 
     KL = log pi - log ref. r_t comes from step 2, V(s_t) from step 3, delta_t from step 4, A_t and
-    return from step 5. The columns are always those of the article: this calls token_rewards and
-    gae itself. The default arguments keep the script's own, even if you have replaced them.
+    return from step 5.
     """
     r = rollout
-    rewards = rewards_of(r.log_probs, r.ref_log_probs, r.scores, r.mask, cfg.kl_coef)
-    advantages, returns = advantages_of(rewards, r.values, r.mask, cfg.gamma, cfg.lam)
+    rewards = article_rewards(r.log_probs, r.ref_log_probs, r.scores, r.mask, cfg.kl_coef)
+    advantages, returns = article_gae(rewards, r.values, r.mask, cfg.gamma, cfg.lam)
     return {
         "log pi": r.log_probs,
         "log ref": r.ref_log_probs,
         "KL": r.log_probs - r.ref_log_probs,
         "r_t": rewards,
         "V(s_t)": r.values,
-        "delta_t": td_residuals(rewards, r.values, r.mask, cfg.gamma),
+        "delta_t": article_residuals(rewards, r.values, r.mask, cfg.gamma),
         "A_t": advantages,
         "return": returns}
 
@@ -1486,7 +1529,8 @@ def record_cycle(log: list[dict], cycle: int, rollout: Rollout, metrics: dict, s
     write_metrics(log, cfg)
     names = [name for name in PRINTED if not math.isnan(line[name])]
     if cycle % 20 == 0:
-        say("  ".join(name.rjust(len(format(0.0, PRINTED[name]))) for name in names))
+        widths = [len(format(0.0, PRINTED[name])) for name in names]
+        say("  ".join(name.rjust(width) for name, width in zip(names, widths)))
     say("  ".join(format(line[name], PRINTED[name]) for name in names))
     if cycle == 0:
         warn_if_constant(table)
@@ -1563,7 +1607,7 @@ def encode(model, replies: list[Reply]):
     for reply, ids in zip(replies, model.tokenizer(texts, add_special_tokens=False).input_ids):
         if reply.finished:
             ids = ids + [model.tokenizer.eos_token_id]
-        # If a sampled text ends in an incomplete character, it can come back as more tokens.
+        # A reply cut off in the middle of a character can have more tokens when encoded again.
         sequences.append(ids[:model.cfg.max_new_tokens])
     prompt_ids, prompt_mask = encode_prompts(model, [reply.prompt for reply in replies])
     reply_ids, mask = pad(sequences, "right", model)
@@ -1583,8 +1627,8 @@ def decode(tokenizer, reply_ids) -> list[str]:
 def train_tokenizer(texts: list[str]):
     """A byte-level BPE tokenizer as GPT-2's, with at most 2048 tokens. It can encode any text.
 
-    No token is longer than 12 bytes. In Chinese, which has no spaces, whole sentences would become
-    tokens.
+    No token is longer than 12 bytes. Without this limit, whole sentences would become tokens in
+    Chinese, which has no spaces.
 
     Padding and EOS are two different tokens. If they were one, code that finds padding by its id
     would remove EOS from the SFT loss too, and the model would never learn to stop (N1).
@@ -1643,9 +1687,11 @@ def read_jsonl(path: str, flag: str, tokenizer=None) -> list[Line]:
 def is_usable(line: Line, flag: str) -> bool:
     """Is there something to learn? An empty demonstration has nothing, nor have equal replies."""
     texts = [reply.text for reply in line.replies]
+    if flag == "prompts":
+        return True
     if flag == "demos":
         return texts != [""]
-    return flag == "prompts" or len(texts) >= 2 and len(set(texts)) == len(texts)
+    return len(texts) >= 2 and len(set(texts)) == len(texts)
 
 
 def parse_line(row: str, flag: str, tokenizer=None) -> Line:
@@ -1657,6 +1703,7 @@ def parse_line(row: str, flag: str, tokenizer=None) -> Line:
     check(fields.get("prompt", "") is not None, "`prompt` is null; give a text, or leave it out")
     with explain(f"its fields are {', '.join(fields)}, but --{flag} needs others (see --help)",
                  KeyError):
+        # A prompt of None means that the texts begin with the prompt.
         if flag == "prompts":
             prompt, texts = fields["prompt"], [""]
         elif flag == "demos" and "messages" in fields:
@@ -1673,7 +1720,8 @@ def parse_line(row: str, flag: str, tokenizer=None) -> Line:
     messages = []
     if any(isinstance(text, list) for text in [prompt, *texts]):
         messages, prompt, texts = render(prompt, texts, tokenizer)
-    for text in texts if prompt is None else [prompt, *texts]:
+    everything = texts if prompt is None else [prompt, *texts]
+    for text in everything:
         check(isinstance(text, str), f"{text!r} is not a text")
         text.encode()  # fails if it has half a character
     if prompt is None:
@@ -1693,16 +1741,19 @@ def render(prompt, replies: list, tokenizer) -> tuple[list, str, list[str]]:
           "take a --model that has been trained to chat")
     conversations = []
     for reply in replies:
-        plain = isinstance(reply, str)
-        conversations.append([{"role": "assistant", "content": reply}] if plain else reply)
-        check_messages(conversations[-1])
+        if isinstance(reply, str):
+            reply = [{"role": "assistant", "content": reply}]
+        check_messages(reply)
+        conversations.append(reply)
     if not isinstance(prompt, list):
-        text, prompt = prompt, conversations[0][:-1]
-        check(prompt or text is not None, "before a reply of the assistant the user must say "
+        # It is a text, or None. The messages of the prompt begin the replies, or the text is all.
+        earlier = conversations[0][:-1]
+        check(earlier or prompt is not None, "before a reply of the assistant the user must say "
               "something")
-        prompt = prompt or [{"role": "user", "content": text}]
-        check(text in (None, prompt[-1]["content"]), "prompt and replies are of different "
+        earlier = earlier or [{"role": "user", "content": prompt}]
+        check(prompt in (None, earlier[-1]["content"]), "prompt and replies are of different "
               "conversations")
+        prompt = earlier
     check_messages(prompt)
     prompt_text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     texts = []
@@ -1715,7 +1766,9 @@ def render(prompt, replies: list, tokenizer) -> tuple[list, str, list[str]]:
         check(text.startswith(prompt_text), "the chat template changes the prompt once it has a "
               "reply; write plain texts")
         texts.append(text.removeprefix(prompt_text))
-    return prompt, prompt_text, [""] if replies == [""] else texts
+    if replies == [""]:  # --prompts has no replies
+        texts = [""]
+    return prompt, prompt_text, texts
 
 
 def check_messages(messages):
@@ -1730,8 +1783,9 @@ def check_messages(messages):
 def common_prompt(texts: list[str]) -> str:
     """The format of HH-RLHF: the prompt is what all replies begin with.
 
-    It ends after the last role label, such as "Assistant:", if the first one is another. Without
-    labels it ends after a word or a Chinese sentence.
+    Labels such as "Human:" tell who speaks. If the last label is not that of the first speaker, the
+    prompt ends after it: "Human: Hi! Assistant: ". Otherwise it ends after a word or a Chinese
+    sentence: "Human: Hi! How " of "Human: Hi! How a".
     """
     common = os.path.commonprefix(texts)
     labels = list(re.finditer(r"(?:^|[\n。！？])\s*(\w+)[:：] ?", common))
@@ -1758,8 +1812,8 @@ def without_repeated_prompts(lines: list[Line]) -> list[Line]:
 def without_marks(reply: Reply, tokenizer) -> Reply:
     """Take off EOS at the end and BOS at the beginning if they are written out as text.
 
-    The script adds EOS, and many tokenizers add BOS. Two of them are not what the model knows, and
-    the reward model would learn to score the second EOS.
+    The script adds EOS, and many tokenizers add BOS. The model has never seen two of them in a row,
+    and the reward model would learn to score the second EOS.
     """
     prompt, text = reply.prompt, reply.text
     if text.rstrip().endswith(tokenizer.eos_token):
@@ -1774,7 +1828,8 @@ def cut(text: str, room: int, tokenizer, keep_end: bool = False) -> str:
 
     It is cut between paragraphs; if that keeps nothing, between sentences, then words (N2).
     """
-    text = text[-40 * room:] if keep_end else text[:40 * room]  # no token has 40 characters
+    # Few tokens have more than 40 characters. This saves time: a whole book is not tokenized.
+    text = text[-40 * room:] if keep_end else text[:40 * room]
     for boundary in [r"\n+", r"[.!?]+\s+|[。！？]+", r"\s+", ""]:
         pieces = re.findall(rf".+?(?:{boundary}|\Z)", text, re.DOTALL)
         kept, low, high = "", 1, len(pieces)
@@ -1787,6 +1842,7 @@ def cut(text: str, room: int, tokenizer, keep_end: bool = False) -> str:
                 high = middle - 1
         if kept:
             return kept
+        # Not even one piece fits. The next boundary divides this piece.
         text = pieces[-1 if keep_end else 0] if pieces else ""
     return ""
 
@@ -1795,7 +1851,7 @@ def positions_of(model) -> int:
     """How many tokens a model can read."""
     config = model.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None) or 1_000_000
-    for module in model.modules():  # RoBERTa's begin behind that of the padding
+    for module in model.modules():  # in RoBERTa, positions begin at padding_idx + 1
         table = getattr(module, "position_embeddings", None)
         if getattr(table, "padding_idx", None) is not None:
             return positions - table.padding_idx - 1
@@ -1818,7 +1874,7 @@ def shorten(lines: list[Line], model, cfg) -> list[Line]:
             replies.append(Reply(short_prompt, short_text, short_text == text))
         if short_prompt != prompt or not all(reply.finished for reply in replies):
             cuts += 1
-        # Without the end that was cut off, replies may be equal. Without EOS, one may be empty.
+        # A line is useless if its replies differ only in what was cut off, or if nothing is left.
         empty = len(replies) == 1 and line.replies[0].text and not replies[0].text
         if len(set(replies)) == len(replies) and not empty:
             short.append(line._replace(replies=replies))
@@ -1853,16 +1909,21 @@ class Data:
 
 
 def load_data(own: dict[str, list[Line]], cfg) -> Data:
-    """Divide your own lines into training and held-out. The built-in world stands in for others."""
+    """Divide your own lines into training and held-out. What you do not give, the world gives.
+
+    PPO practises on the prompts of --prompts. Without that file, it takes the prompts of the other
+    files; without any, those of the world. All prompts are divided together: a prompt that is held
+    out in one file is held out in all.
+    """
     written = [line.replies[0].prompt for line in own["demos"] + own["preferences"]]
     practice = [line.replies[0].prompt for line in own["prompts"]] or written or list(WORLD_PROMPTS)
     splits = split(practice + written)
     allowed, in_practice = set(splits["train"]), set(practice)
     train, held_out = {}, {}
     for flag, lines in own.items():
-        rankings = [line.replies for line in lines]
-        train[flag] = [replies for replies in rankings if replies[0].prompt in allowed]
-        held_out[flag] = [replies for replies in rankings if replies[0].prompt not in allowed]
+        all_replies = [line.replies for line in lines]
+        train[flag] = [replies for replies in all_replies if replies[0].prompt in allowed]
+        held_out[flag] = [replies for replies in all_replies if replies[0].prompt not in allowed]
         check(train[flag] or not getattr(cfg, flag), f"--{flag} leaves nothing to train on; give 6 "
               "or more different prompts, with replies that differ in their first "
               f"{cfg.max_new_tokens} tokens")
@@ -1975,7 +2036,11 @@ def wants_bfloat16(cfg) -> bool:
 
 
 def compute_in_bfloat16(lm, device_type: str):
-    """Let the language model compute in bfloat16. What uses its output stays in float32 (R3)."""
+    """Let the language model compute in bfloat16. What uses its output stays in float32 (R3).
+
+    The model gets a subclass whose forward is wrapped. With `lm.forward = wrapped` a copy of the
+    model, such as the reference, would call the forward of the first model.
+    """
     original = type(lm)
     forward = torch.autocast(device_type, torch.bfloat16)(original.forward)
     lm.__class__ = type(original.__name__, (original,), {"forward": forward})
@@ -2061,6 +2126,7 @@ def with_columns(score_fn, own: dict[str, list[Line]]):
         known.setdefault(line.replies[0].prompt, line)
     for line in own["prompts"]:
         prompt = line.replies[0].prompt
+        # The prompt itself is not compared: two prompts may have become equal by cutting.
         same = dict(line.fields, prompt="") == dict(known[prompt].fields, prompt="")
         check(same, f"--prompts {prompt[-60:]!r} stands there twice, and the further fields, such "
               "as the answer, differ")
@@ -2128,7 +2194,7 @@ class Config(PPOConfig):
     max_grad_norm: float = HfArg(default=1.0, help=(
         "A gradient that is longer than this is shortened to it, 0.5 to 1. In all stages."))
     eval_every: int = HfArg(default=10, help=(
-        "Validate after this many cycles, and keep the best policy so far. (L6)"))
+        "Validate after this many cycles. Keep the policy unless an earlier one was better. (L6)"))
     eval_batches: int = HfArg(default=3, help=(
         "Replies for each validation, in batches of batch_size. More: a surer choice of policy."))
     report_batches: int = HfArg(default=28, help=(
@@ -2145,8 +2211,8 @@ class Config(PPOConfig):
         'JSONL file with lines {"prompt": ...}: what PPO practises on. A reward function gets all '
         "further fields. If no file is given, the built-in world is used."))
     demos: str = HfArg(default="", help=(
-        'JSONL file with lines {"prompt": ..., "completion": ...}: what SFT imitates. In all files, '
-        'texts may be messages, as [{"role": "user", "content": ...}]. (L2)'))
+        'JSONL file with lines {"prompt": ..., "completion": ...}: what SFT imitates. In all '
+        'files, texts may be messages, as [{"role": "user", "content": ...}]. (L2)'))
     preferences: str = HfArg(default="", help=(
         "JSONL file with lines {prompt, chosen, rejected} or {prompt, ranked: [best ... worst]}: "
         "what the reward model learns from. (L3)"))
@@ -2204,14 +2270,15 @@ def refuse(message: str):
 def parse_config(argv=None) -> Config:
     """Command line -> Config. Raises UserError for an unknown flag or a value that cannot work.
 
-    A flag has the value given, or that of the run in --resume or --init_from, or the default.
+    A flag has the value given, or that of the run in --resume or --init_from, or the default. The
+    command line is parsed twice: first for the flags that change defaults, then with these.
     """
     argv = argv if argv is None else [str(word) for word in argv]
     parser = HfArgumentParser(Config, usage="python ppo_rlhf.py [--FLAG VALUE ...]",
                               allow_abbrev=False)
     parser.error = refuse
     given, _ = parser.parse_known_args(argv)
-    fixed = {}
+    fixed = {}  # flags that must keep their value
     if given.resume or given.init_from:
         flag = "resume" if given.resume else "init_from"
         run = Path(getattr(given, flag))
@@ -2219,7 +2286,7 @@ def parse_config(argv=None) -> Config:
             saved = asdict(Config(**json.loads((run / "config.json").read_text())))
             saved.update({"out": given.resume, flag: str(run)})
             parser.set_defaults(**saved)
-            parser.parse_args([])  # the saved values must be such as the command line could have
+            parser.parse_args([])  # checks the types of the saved values
         if given.resume:
             fixed = {name: x for name, x in saved.items() if name != "device"}
         for folder, names in FIXED.items():
@@ -2244,7 +2311,12 @@ def check_config(cfg: Config):
     for name, value in vars(cfg).items():
         if type(value) in (int, float):
             low, high = RANGES.get(name, (sys.float_info.min, sys.float_info.max))
-            wanted = f"{low} to {high}" if high == 1 else "0 or more" if low == 0 else "above 0"
+            if high == 1:
+                wanted = "0 to 1"
+            elif low == 0:
+                wanted = "0 or more"
+            else:
+                wanted = "above 0"
             check(low <= value <= high, f"--{name} must be {wanted}, not {value}")
     for name, value, part, count in [
             ("n_embd", cfg.n_embd, "n_head", cfg.n_head),
@@ -2308,7 +2380,7 @@ def reseed(cfg, purpose: str) -> random.Random:
 # ---- Several processes: torchrun --nproc-per-node N ppo_rlhf.py (R1) -----------------------------
 # Every process holds all models. In each cycle all processes draw the same prompts, and each
 # samples, scores and values its share of them. What they exchange in a cycle:
-#     moments           three sums, for explained_variance and, if it is on, for whiten
+#     moments           three sums a call, for explained_variance and, if it is on, for whiten
 #     optimizer_step    in each update, the gradients (summed) and the sums of loss and metrics
 #     describe          a line for each reply, for metrics.csv; at validation likewise
 #     cycles_to_do      whether Ctrl-C was pressed in one of them
@@ -2361,6 +2433,16 @@ def draw(examples: list, batch_size: int, rng: random.Random) -> list:
     return share(rng.choices(examples, k=max(batch_size, WORLD)))
 
 
+def draw_prompts(prompts: list[str], rng: random.Random, cfg) -> list[str]:
+    """The prompts of one cycle, each repeated replies_per_prompt times; this process's share.
+
+    A prompt may be drawn twice. Then its replies make one larger group. No group is divided among
+    processes.
+    """
+    drawn = rng.choices(prompts, k=cfg.batch_size // cfg.replies_per_prompt)
+    return repeat_each(share(drawn), cfg.replies_per_prompt)
+
+
 def optimizer_step(model, optimizer, loss_fn, batch, cfg) -> dict[str, float]:
     """One update on the mean loss over a batch. Returns the loss and the metrics as numbers.
 
@@ -2385,7 +2467,7 @@ def optimizer_step(model, optimizer, loss_fn, batch, cfg) -> dict[str, float]:
             dist.all_reduce(gradient)
         total = add_up(total)
         sums = {name: add_up(x) for name, x in sums.items()}
-    torch._foreach_div_(gradients, total)
+    torch._foreach_div_(gradients, total)  # divides each of them by total
     norm = nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
     check(norm.isfinite(),
           f"loss or gradient is infinite or NaN{WHERE[0]}; try a lower learning rate")
@@ -2401,7 +2483,8 @@ def check_logits(logits):
 
 def steps_to_do(stage: str, steps: int, cfg):
     """Count the steps of stages 0 to 2: a random stream for each."""
-    for step in tqdm(range(steps), stage, leave=False, disable=RANK > 0 or None):
+    quiet = True if RANK > 0 else None  # None: only a terminal shows the bar
+    for step in tqdm(range(steps), stage, leave=False, disable=quiet):
         WHERE[0] = f" in {stage}, step {step + 1}"
         yield reseed(cfg, f"{stage} {step}")
     WHERE[0] = ""
@@ -2427,12 +2510,12 @@ def cycles_to_do(training: dict, log: list[dict], cfg):
             for name, part in training.items():
                 part.load_state_dict(state[name])
     bar = tqdm(range(first, cfg.cycles), "PPO", initial=first, total=cfg.cycles, leave=False,
-               disable=RANK > 0 or None)
+               disable=True if RANK > 0 else None)
     with ctrl_c_waits() as pressed:
         for cycle in bar:
             WHERE[0] = f" in PPO, cycle {cycle + 1}"
-            yield cycle, reseed(cfg, f"PPO {cycle}")
-            stop = gather(pressed)
+            yield cycle, reseed(cfg, f"PPO {cycle}")  # here the loop does the cycle
+            stop = len(gather(pressed)) > 0  # Ctrl-C in any of the processes
             due = (cycle + 1) % cfg.save_every == 0 or cycle + 1 == cfg.cycles
             if cfg.out and RANK == 0 and (stop or due):
                 state = {name: part.state_dict() for name, part in training.items()}
@@ -2446,7 +2529,10 @@ def cycles_to_do(training: dict, log: list[dict], cfg):
 
 @contextmanager
 def ctrl_c_waits():
-    """The first Ctrl-C waits for the end of the cycle, the second does not. Yields [] until it."""
+    """The first Ctrl-C waits for the end of the cycle, the second one stops at once.
+
+    Yields a list. It is empty as long as Ctrl-C was not pressed.
+    """
     pressed = []
 
     def handler(number, frame):
@@ -2467,12 +2553,12 @@ def ctrl_c_waits():
 # ---- Files ---------------------------------------------------------------------------------------
 @contextmanager
 def replacing(path: Path):
-    """A temporary path to write to. It becomes `path` at the end: no file is ever half written."""
+    """A temporary path to write to. It becomes `path` at the end, so no file is half written."""
     temporary = path.with_name(path.name + ".tmp")
     with explain(f"cannot write {path}", Exception):
         shutil.rmtree(temporary, ignore_errors=True)
         yield temporary
-        shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(path, ignore_errors=True)  # if it is a folder; os.replace needs it empty
         os.replace(temporary, path)
 
 
@@ -2491,7 +2577,8 @@ def open_folder(cfg):
         return
     with explain(f"--out {folder} cannot be used; choose another folder", OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        check(set(os.listdir(folder)) <= {"config.json.tmp"}, "it is not empty")
+        killed_at_once = {"config.json.tmp"}  # a run that left only this did nothing yet
+        check(set(os.listdir(folder)) <= killed_at_once, "it is not empty")
         write_json(folder / "config.json", asdict(cfg))
 
 
@@ -2590,7 +2677,7 @@ def quiet_libraries():
 
 @contextmanager
 def modules_forgotten():
-    """Afterwards forget the reward function's module and its neighbours, see load_module.
+    """Afterwards Python forgets the reward's module, and what it imported from its folder.
 
     The next run in this process may have other files of the same names.
     """
@@ -2598,7 +2685,7 @@ def modules_forgotten():
     try:
         yield
     finally:
-        added = Counter(sys.path) - Counter(path)
+        added = Counter(sys.path) - Counter(path)  # load_module has added folders
         sys.path[:] = path
         for name in set(sys.modules) - modules:
             file = getattr(sys.modules[name], "__file__", None) or ""

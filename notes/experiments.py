@@ -132,19 +132,24 @@ def kl_target(target):
 
 
 def keep_the_latest(objectives, log):
-    """is_best: objectives under different betas cannot be compared."""
+    """worth_keeping: objectives under different betas cannot be compared."""
     return True
 
 
 # ---- assign_rewards and critic_loss: whitened rewards (N7), clipped values (S6) --------------------------------------
 def white_rewards(rollout, cfg):
     """Token rewards with variance 1. They keep their mean."""
-    return own.whiten(own.assign_rewards(rollout, cfg), rollout.mask, shift_mean=False)
+    rewards = own.assign_rewards(rollout, cfg)
+    mean, _ = own.moments(rewards, rollout.mask)
+    return torch.where(rollout.mask, own.whiten(rewards, rollout.mask) + mean, 0)
 
 
 def clipped_values(values, rollout, cfg):
-    """The critic's loss with value clipping: epsilon is that of the policy."""
-    return own.value_loss(values, rollout.returns, rollout.mask, rollout.values, cfg.clip_eps)
+    """The critic's loss with value clipping: the larger one of two errors. epsilon is that of the policy."""
+    near = rollout.values + (values - rollout.values).clamp(-cfg.clip_eps, cfg.clip_eps)
+    error = torch.where(rollout.mask, values - rollout.returns, 0) ** 2
+    near_error = torch.where(rollout.mask, near - rollout.returns, 0) ** 2
+    return 0.5 * own.masked_mean(torch.max(error, near_error), rollout.mask)
 
 
 # ---- estimate_advantages: other things to multiply grad log pi with (T1, T2); the critic, if it is used, learns the
@@ -414,7 +419,7 @@ note      The default is {usual.rankings}. What a real task needs is another num
 topic("kl_in_loss", "T6", "KL in the loss, and KL with a target", {
     "kl_in_loss": v(assign_rewards=score_only, actor_loss=kl_in_loss(k2)),
     "kl_in_loss_k3": v(assign_rewards=score_only, actor_loss=kl_in_loss(k3)),
-    "kl_target_1": v("--cycles 120", update_policy=kl_target(1.0), is_best=keep_the_latest)}, """
+    "kl_target_1": v("--cycles 120", update_policy=kl_target(1.0), worth_keeping=keep_the_latest)}, """
 claim     C: KL may be subtracted from the reward or be a penalty in the loss, both have been used with success; an
           adaptive beta keeps KL near its target.
 measures  fraction human reward kl
@@ -681,7 +686,7 @@ MEASURES = {
 }
 # Flags and replaced functions after which J* is another one, or there is no policy to measure.
 OTHER_OPTIMUM = {"--kl_coef", "--reward", "--temperature", "--max_new_tokens", "--missing_eos_penalty", "ask_score_fn",
-                 "finished_model", "is_best"}
+                 "finished_model", "worth_keeping"}
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # Student's t for 95%, by number of seeds
 
 

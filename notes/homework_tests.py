@@ -806,79 +806,37 @@ POLICY_MISTAKES = [
 # ==================================================================================================
 # value_loss (S6, L8)
 # ==================================================================================================
-def value_oracle(values, returns, old_values=None, value_clip=None):
+def value_oracle(values, returns):
     """The loss, and its gradient for every value."""
     tokens = sum(len(row) for row in values)
     loss, gradient = 0.0, []
     for b in range(len(values)):
         gradient.append([])
         for t in range(len(values[b])):
-            V, G = values[b][t], returns[b][t]
-            error, slope = (V - G) ** 2, V - G
-            if value_clip is not None:
-                low, high = old_values[b][t] - value_clip, old_values[b][t] + value_clip
-                near = min(max(V, low), high)
-                if (near - G) ** 2 > error:  # V has moved far, and towards G: it must stay
-                    error, slope = (near - G) ** 2, 0.0
-            loss += 0.5 * error / tokens
-            gradient[-1].append(slope / tokens)
+            error = values[b][t] - returns[b][t]
+            loss += 0.5 * error ** 2 / tokens
+            gradient[-1].append(error / tokens)
     return [loss, gradient]
 
 
 VALUE_BATCHES = [
     (2, {"values": [[0.34, 1.23]], "returns": [[1.87, 1.87]], "mask": REAL}),  # article B
     (3, {"values": [[0.5, -0.7, 1.0], [2.0]], "returns": [[1.5, 0.3, -0.2], [0.6]], "mask": REAL}),
-    (4, {"values": [[0.1, 0.9], [-1.1], [0.4, 1.3, -0.6]],
-         "returns": [[0.8, 0.2], [0.5], [-0.3, 1.1, 1.2]], "mask": REAL}),
-    # With value_clip: V moved far towards G, far away from G, and a little.
-    (3, {"values": [[1.0, -0.9, 0.3]], "returns": [[2.0, 0.4, 1.5]], "mask": REAL,
-         "old_values": [[0.2, 0.1, 0.4]], "value_clip": 0.25}),
-    (3, {"values": [[0.5, -0.7, 1.0], [2.0]], "returns": [[1.5, 0.3, -0.2], [0.6]], "mask": REAL,
-         "old_values": [[0.1, -0.4, 1.7], [2.8]], "value_clip": 0.2}),
+    (5, {"values": [[0.1, 0.9], [-1.1], [0.4, 1.3, -0.6, 0.7]],
+         "returns": [[0.8, 0.2], [0.5], [-0.3, 1.1, 1.2, 0.3]], "mask": REAL}),
 ]
 
-# value_clip comes last: it is off in this script.
-VALUE_EXAMPLES = sorted(examples_of(value_oracle, VALUE_BATCHES),
-                        key=lambda example: "value_clip" in example.arguments)
+VALUE_EXAMPLES = examples_of(value_oracle, VALUE_BATCHES)
 
 
-def squared(v, g, mask):
+def right_error(v, g, mask):
     return torch.where(mask, v - g, 0) ** 2
 
 
-def right_error(v, g, mask, old=None, c=None):
-    if c is None:
-        return squared(v, g, mask)
-    near = old + (v - old).clamp(-c, c)
-    return torch.max(squared(v, g, mask), squared(near, g, mask))
-
-
 def value_mistake(error=right_error, mean=masked_mean, factor=0.5):
-    def function(v, g, mask, old=None, c=None):
-        return factor * mean(error(v, g, mask, old, c), mask)
+    def function(v, g, mask):
+        return factor * mean(error(v, g, mask), mask)
     return function
-
-
-def value_clip_mistake(combine):
-    """combine(plain error, error of near, v, g, mask, old, c), where value_clip is given."""
-    def error(v, g, mask, old=None, c=None):
-        if c is None:
-            return squared(v, g, mask)
-        near = old + (v - old).clamp(-c, c)
-        return combine(squared(v, g, mask), squared(near, g, mask), v, g, mask, old, c)
-    return value_mistake(error)
-
-
-def clipped_around_0(plain, near, v, g, mask, old, c):
-    return torch.max(plain, squared(v.clamp(-c, c), g, mask))
-
-
-def clipped_error(plain, near, v, g, mask, old, c):
-    return squared(v, g, mask).clamp(max=c)
-
-
-def only_the_change(plain, near, v, g, mask, old, c):
-    return torch.max(plain, squared((v - old).clamp(-c, c), g, mask))
 
 
 VALUE_MISTAKES = [
@@ -889,43 +847,16 @@ VALUE_MISTAKES = [
             value_mistake(factor=-0.5),
             "Your loss has the wrong sign. A squared error is never negative."),
     Mistake("The absolute error",
-            value_mistake(lambda v, g, mask, old, c: right_error(v, g, mask, old, c).sqrt()),
+            value_mistake(lambda v, g, mask: right_error(v, g, mask).sqrt()),
             "It looks as if you take |V - G|. The formula has the square, (V - G)^2."),
     Mistake("The error is not squared",
-            value_mistake(lambda v, g, mask, old, c: torch.where(mask, v - g, 0)),
+            value_mistake(lambda v, g, mask: torch.where(mask, v - g, 0)),
             "It looks as if you forgot the square. Without it, errors of different signs cancel."),
     Mistake("The square of the mean",
-            lambda v, g, mask, old=None, c=None: 0.5 * masked_mean(v - g, mask) ** 2,
+            lambda v, g, mask: 0.5 * masked_mean(v - g, mask) ** 2,
             "It looks as if you take the mean first and the square afterwards. Square the error of "
             "each token, then take the mean."),
     *[Mistake(name, value_mistake(mean=mean), hint) for name, mean, hint in WRONG_MEANS],
-    Mistake("value_clip does nothing",
-            value_clip_mistake(lambda plain, near, *rest: plain),
-            "Without value_clip your loss is right. With it, your loss is the same as without. If "
-            "V has moved by more than value_clip towards G, its gradient must be 0."),
-    Mistake("min in the place of max, in the clipped loss",
-            value_clip_mistake(lambda plain, near, *rest: torch.min(plain, near)),
-            "Without value_clip your loss is right. With it, you take the smaller one of two "
-            "squared errors. Take the larger one. It is a loss, so max plays the role that min "
-            "plays in policy_loss."),
-    Mistake("Only the clipped value counts",
-            value_clip_mistake(lambda plain, near, *rest: near),
-            "Without value_clip your loss is right. With it, you use only the value that is held "
-            "near the old one. A value that moved away from G must be able to come back: take the "
-            "larger one of both squared errors."),
-    Mistake("The clip is around 0",
-            value_clip_mistake(clipped_around_0),
-            "Without value_clip your loss is right. With it, you clip V to the range from "
-            "-value_clip to value_clip. The range is around the old value: old_values - value_clip "
-            "to old_values + value_clip."),
-    Mistake("The old value is missing",
-            value_clip_mistake(only_the_change),
-            "Without value_clip your loss is right. With it, you clip the change V - V_old, but "
-            "you do not add V_old again."),
-    Mistake("The error is clipped",
-            value_clip_mistake(clipped_error),
-            "Without value_clip your loss is right. With it, you clip the squared error. Clip how "
-            "far V has moved, V - V_old."),
 ]
 
 

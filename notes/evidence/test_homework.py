@@ -166,26 +166,18 @@ def loss_token_by_token(log_probs, old_log_probs, advantages, mask, clip_eps):
 
 
 @solution("value_loss")
-def mse_of_the_real_tokens(values, returns, mask, old_values=None, value_clip=None):
-    if value_clip is None:
-        return F.mse_loss(values[mask], returns[mask]) / 2
-    V, G, old = values[mask], returns[mask].detach(), old_values[mask]
-    near = torch.minimum(torch.maximum(V, old - value_clip), old + value_clip)
-    return torch.maximum((V - G) ** 2, (near - G) ** 2).mean() / 2
+def mse_of_the_real_tokens(values, returns, mask):
+    return F.mse_loss(values[mask], returns[mask]) / 2
 
 
 @solution("value_loss")
-def value_loss_token_by_token(values, returns, mask, old_values=None, value_clip=None):
+def value_loss_token_by_token(values, returns, mask):
     total, count = 0, 0
     for b in range(len(mask)):
         for t in range(mask.shape[1]):
             if mask[b, t]:
                 count += 1
-                error = (values[b, t] - returns[b, t]) ** 2
-                if value_clip is not None:
-                    change = torch.clamp(values[b, t] - old_values[b, t], -value_clip, value_clip)
-                    error = max(error, (old_values[b, t] + change - returns[b, t]) ** 2)
-                total = total + error
+                total = total + (values[b, t] - returns[b, t]) ** 2
     return 0.5 * total / count
 
 
@@ -510,46 +502,28 @@ def _(log_probs, old_log_probs, advantages, mask, clip_eps):
 
 
 @planted("value_loss", "1/2 is missing")
-def _(values, returns, mask, old_values=None, value_clip=None):
+def _(values, returns, mask):
     return F.mse_loss(values[mask], returns[mask])
 
 
 @planted("value_loss", "The mean over the padding")
-def _(values, returns, mask, old_values=None, value_clip=None):
+def _(values, returns, mask):
     return 0.5 * (torch.where(mask, values - returns, 0) ** 2).mean()
 
 
 @planted("value_loss", "The mean of means")
-def _(values, returns, mask, old_values=None, value_clip=None):
+def _(values, returns, mask):
     error = torch.where(mask, values - returns, 0) ** 2
     return 0.5 * (error.sum(1) / mask.sum(1)).mean()
 
 
 @planted("value_loss", "NaN in the padding reaches the gradient")
-def _(values, returns, mask, old_values=None, value_clip=None):
-    error = (values - returns) ** 2
-    if value_clip is not None:
-        near = old_values + (values - old_values).clamp(-value_clip, value_clip)
-        error = torch.max(error, (near - returns) ** 2)
-    return 0.5 * masked_mean(error, mask)
-
-
-@planted("value_loss", "min in the place of max, in the clipped loss")
-def _(values, returns, mask, old_values=None, value_clip=None):
-    error = (values - returns)[mask] ** 2
-    if value_clip is not None:
-        near = old_values + (values - old_values).clamp(-value_clip, value_clip)
-        error = torch.minimum(error, (near - returns)[mask] ** 2)
-    return error.mean() / 2
-
-
-@planted("value_loss", "value_clip does nothing")
-def _(values, returns, mask, old_values=None, value_clip=None):
-    return F.mse_loss(values[mask], returns[mask]) / 2
+def _(values, returns, mask):
+    return 0.5 * masked_mean((values - returns) ** 2, mask)
 
 
 @planted("value_loss", "Nothing is returned")
-def _(values, returns, mask, old_values=None, value_clip=None):
+def _(values, returns, mask):
     F.mse_loss(values[mask], returns[mask])
 
 

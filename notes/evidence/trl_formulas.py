@@ -152,6 +152,19 @@ def unbiased_moments(x, mask, moments=ppo.moments):
 UNBIASED = patch.object(ppo, "moments", unbiased_moments)
 
 
+def whitened_rewards(rewards, mask):
+    """TRL's option to whiten rewards keeps their mean."""
+    mean, _ = ppo.moments(rewards, mask)
+    return torch.where(mask, ppo.whiten(rewards, mask) + mean, 0)
+
+
+def clipped_value_loss(values, returns, mask, old_values, limit):
+    """TRL's value loss: the larger error of V and of V held near its old value."""
+    near = old_values + (values - old_values).clamp(-limit, limit)
+    error, near_error = torch.where(mask, values - returns, 0) ** 2, torch.where(mask, near - returns, 0) ** 2
+    return 0.5 * ppo.masked_mean(torch.max(error, near_error), mask)
+
+
 def phase_one(c):
     """Yield (what, TRL's, ours), and where both differ on purpose a fourth: ours, once the reason is taken away.
 
@@ -188,8 +201,8 @@ def phase_one(c):
             yield f"{what}, rows without padding", a[full], b[full]
     white = trl_phase_one(*inputs, **c.args | {"whiten_rewards": True}).rewards
     with UNBIASED:
-        unbiased = ppo.whiten(longer_rewards, longer, shift_mean=False)
-    yield "whitened rewards", white, ppo.whiten(rewards, mask, shift_mean=False), unbiased
+        unbiased = whitened_rewards(longer_rewards, longer)
+    yield "whitened rewards", white, whitened_rewards(rewards, mask), unbiased
 
     k = execute(PER_REPLY, p)
     log_probs, ref_log_probs = (torch.where(mask, x, 0) for x in (c.log_probs, c.ref_log_probs))
@@ -225,7 +238,7 @@ def phase_two(c, p, reply_ids, mask):
     yield "policy loss", m.pg_loss, loss
     yield "policy loss, gradient by the logits", *gradients(c.logits, m.pg_loss, loss)
     yield "clip fraction", s.pg_clipfrac, clip_fraction
-    losses = [ppo.value_loss(values, p.returns, part, p.values, c.loss.cliprange_value)
+    losses = [clipped_value_loss(values, p.returns, part, p.values, c.loss.cliprange_value)
               for part in (mask, ~p.padding_mask_p1)]
     yield "value loss, clipped", m.vf_loss, *losses
     yield "value loss, gradient by the values", *gradients(c.new_values, m.vf_loss, *losses)
@@ -391,8 +404,8 @@ FOLDER = tempfile.TemporaryDirectory()  # TRL wants one
 
 
 def clipped_critic_loss(values, rollout, cfg):
-    """TRL always clips the values; ours does so only when asked."""
-    return ppo.value_loss(values, rollout.returns, rollout.mask, rollout.values, value_clip=0.2)
+    """TRL always clips the values; ours does not."""
+    return clipped_value_loss(values, rollout.returns, rollout.mask, rollout.values, 0.2)
 
 
 ppo.critic_loss = clipped_critic_loss
