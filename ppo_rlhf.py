@@ -1156,7 +1156,7 @@ def optimum(scores, log_ratios, kl_coef: float):
     not pi_ref, so it is weighed by the quotient of both (importance sampling; with several sources,
     the balance heuristic):
 
-    Z = mean over all samples of exp(r / beta) / q,   q = (pi + pi_ref) / 2 / pi_ref
+    Z = mean over all samples of exp(r / beta) / q, with q = (pi + pi_ref) / 2 / pi_ref
 
     scores, log_ratios: [prompts,2N], log_ratios = log pi - log pi_ref of whole replies. The first
     N columns are replies of pi, the others of pi_ref. The weights [prompts,2N] are the terms of
