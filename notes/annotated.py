@@ -337,7 +337,7 @@ def is_formula(line: str) -> bool:
 
 
 def runs(paragraph: str) -> list[tuple[str, list[str]]]:
-    """A paragraph in pieces: ("prose", lines), ("formula", lines) or ("table", lines)."""
+    """A paragraph in pieces: ("prose", lines), ("formula", lines), ("table", lines) or ("code", lines)."""
     lines = paragraph.split("\n")
     shown = [is_display(line) for line in lines]
     if all(show or is_formula(line) for show, line in zip(shown, lines)):
@@ -354,6 +354,8 @@ def runs(paragraph: str) -> list[tuple[str, list[str]]]:
             kind = "formula" if any(is_formula(line) for line in lines) else "table"
             if kind == "formula" and not is_formula(lines[0]):
                 kind = "table"
+            if any(line.startswith("    return ") for line in lines):
+                kind = "code"
         result.append((kind, lines))
     return result
 
@@ -576,7 +578,9 @@ class Page:
             elif kind == "label":
                 result += f'<a href="{html.escape(match["target"])}">{html.escape(found)}</a>'
             elif kind == "file":
-                path = html.escape(self.path_to(HERE.parent / found))
+                file = HERE.parent / found
+                own = file.with_suffix(f".{self.language[:2]}.md")
+                path = html.escape(self.path_to(own if own.exists() else file))
                 result += f'<a href="{path}">{found}</a>'
             elif kind == "id":
                 result += self.id_link(found, place)
@@ -641,6 +645,9 @@ class Page:
             elif kind == "formula":
                 rows = "\n".join(self.formula(line, place) for line in lines)
                 result += f'<table class="formula"{language}>\n{rows}\n</table>\n'
+            elif kind == "code":
+                block = html.escape(textwrap.dedent("\n".join(lines)), quote=False)
+                result += f'<pre class="sample">{block}</pre>\n'
             else:
                 rows = tables.pop(0)
                 if text != english:
@@ -927,6 +934,7 @@ nav ul { list-style: none; margin: 0; padding: 0; columns: 17rem; column-gap: 2r
 nav li { line-height: 1.45; break-inside: avoid; font-size: 0.93rem; }
 nav .level1 { margin-top: 0.7em; font-weight: 700; break-after: avoid; }
 nav .level2 { margin-top: 0.3em; font-weight: 600; break-after: avoid; }
+nav .level1:first-child { margin-top: 0; }
 nav .level3 { padding-left: 1em; font-size: 0.86rem; }
 nav { margin: 1.4rem 1.5rem 1.8rem; padding: 1rem 1.2rem; border: 1px solid var(--line);
   border-radius: 6px; }
@@ -980,6 +988,10 @@ td:last-child { padding-right: 0; }
   overflow-x: auto;
 }
 .formula td { padding-right: 0.45em; }
+.sample {
+  margin: 0.2rem 0 0.8rem; padding: 0.4rem 0.7rem; background: var(--formula); border-radius: 5px;
+  overflow-x: auto; font-size: 0.8em; line-height: 1.5;
+}
 .formula .left { white-space: nowrap; }
 .right { margin-right: 1.2em; }
 .remark { display: inline-block; color: var(--soft); font-size: 0.92em; }
@@ -1022,12 +1034,14 @@ footer { height: 40vh; }
 }
 @media (max-width: 600px) {
   html { scroll-padding-top: 4.6rem; }
-  .many { display: block; overflow-x: auto; padding-bottom: 0.6rem; white-space: nowrap; }
+  .many { font-size: 0.85em; }
+  .many td { padding-right: 0.6rem; }
   .ids .keep { white-space: normal; }
   .ids td:nth-child(2) { min-width: 7rem; }
   section > h2 { font-size: 1.2rem; }
   section > h3 { font-size: 1.05rem; }
-  header h1 { font-size: 1.4rem; }
+  header h1 { font-size: 1.4rem; padding-right: 6.5rem; }
+  .formula td, .formula .left { white-space: normal; }
   .code pre { font-size: 11.5px; }
 }
 @media print { section > h2, section > h3 { position: static; } .up { display: none; } }
