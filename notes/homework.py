@@ -60,20 +60,22 @@ def pytest_terminal_summary(terminalreporter):
 
 README = """# Homework: eight functions of PPO for RLHF
 
+中文说明在本页下半部分。
+
 `ppo_rlhf.py` is the whole script, but eight of its functions are empty. Each one still has its
-docstring, and the docstring has the formula. Write the code.
+docstring, and the docstring has the formula. Write the code. You need no article for it.
 
 1. Open `ppo_rlhf.py` and look for `NotImplementedError("homework`.
 2. Solve one function. Two to ten lines are enough. Leave its name and its arguments as they are.
-3. Run the tests. {folder} is this folder:
+3. Run the tests, in this folder:
 
-       pytest {folder}                 # all eight
-       pytest {folder} -k gae          # only one
+       pytest                          # all eight
+       pytest -k gae                   # only one
 
 4. A function that is wrong gets a message. If the mistake is a usual one, the message is a hint.
    If not, it shows a small example, with the numbers that are expected and yours.
 5. When all eight pass, the script runs again: `python ppo_rlhf.py`, in this folder. It takes less
-   than a minute, and trains the models with your code.
+   than a minute (with loops over tokens, longer), and trains the models with your code.
 
 Each function is graded alone, so you can begin where you like. This order goes from easy to hard
 along the steps. "E" and "D" are articles; the ids are those of `notes/guide.md`.
@@ -92,7 +94,8 @@ along the steps. "E" and "D" are articles; the ids are those of `notes/guide.md`
 Three rules hold everywhere. `mask` is True on the real tokens of a reply, and what is False there
 must not influence any result, not even NaN. A result on padding is 0. Do not change the arguments.
 
-Please do not read `homework_test.py` before you have solved everything: it contains the answers.
+Please do not read `homework_test.py`, the finished script or `notes/staircase.md` before you have
+solved everything: they contain the answers.
 
 # 作业：PPO（RLHF）的八个函数
 
@@ -100,13 +103,13 @@ Please do not read `homework_test.py` before you have solved everything: it cont
 
 1. 打开 `ppo_rlhf.py`，搜索 `NotImplementedError("homework`。
 2. 先做一个函数，两到十行就够。函数名和参数不要改。
-3. 运行测试（{folder} 就是本文件夹）：
+3. 在本文件夹里运行测试：
 
-       pytest {folder}                 # 全部八个
-       pytest {folder} -k gae          # 只测一个
+       pytest                          # 全部八个
+       pytest -k gae                   # 只测一个
 
 4. 做错的函数会得到一段说明。如果是常见错误，说明就是提示；如果不是，会给出一个小例子，并列出应得的数和你的数。
-   说明是英文的，句子都很短。
+   说明是英文的，句子都很短。其中 bootstrapping（自举）指的是：用 V(s_{t+1}) 代替后面还没有发生的奖励。
 5. 八个都通过以后，脚本又能运行了：在本文件夹里运行 `python ppo_rlhf.py`，不到一分钟，用你的代码训练出所有模型。
 
 每个函数单独评分，所以先做哪个都可以。下面的顺序由易到难。“E”“D”等是文章，编号见 `notes/guide.zh.md`。
@@ -114,17 +117,18 @@ Please do not read `homework_test.py` before you have solved everything: it cont
 | | 函数 | 编号 | 文章中的位置 | 要点 |
 |---|---|---|---|---|
 | 1 | `token_log_probs` | T9 | E，Step 1 | log-softmax，从词表中取出被采样的词元 |
-| 2 | `token_rewards` | S2 | E，Step 2 | 每条回答的最后一个真实词元 |
+| 2 | `token_rewards` | S2 | E，Step 2 | 每条回复的最后一个真实词元 |
 | 3 | `td_residuals` | S4 | E，Step 4 | 下一个状态的价值；结束之后什么都没有 |
 | 4 | `gae` | S5 | E，Step 5 | 从后往前的循环 |
-| 5 | `policy_loss` | S6 | E，Step 6；D，公式 L^CLIP | 比率、裁剪、min，求平均时不算 padding |
+| 5 | `policy_loss` | S6 | E，Step 6；D，公式 L^CLIP | 概率比、裁剪、min，求平均时不算 padding |
 | 6 | `value_loss` | S6 | E，“Critic ＆Entropy”；B | 平方误差 |
-| 7 | `ranking_loss` | L3 | D，阶段1；C，InstructGPT | 所有的回答对 |
+| 7 | `ranking_loss` | L3 | D，阶段1；C，InstructGPT | 所有的回复对 |
 | 8 | `sample_tokens` | S1 | E，Step 1 | softmax、温度、随机 |
 
 三条规则处处适用：`mask` 在真实词元处为 True，为 False 的位置不能影响任何结果，即使那里是 NaN；padding 处的结果是 0；不要修改传入的参数。
 
-全部做完之前，请不要看 `homework_test.py`，答案都在里面。
+全部做完之前，请不要看 `homework_test.py`、完整的脚本和 `notes/staircase.md`，答案都在里面。公式的中文见 `notes/annotated.py`
+做出的网页，但代码就在旁边，看时请遮住右边。
 """
 
 
@@ -159,10 +163,11 @@ def main():
         shutil.copyfile(TESTS, folder / "homework_test.py")
         (folder / "pytest.ini").write_text(PYTEST_INI, encoding="utf-8")
         (folder / "conftest.py").write_text(CONFTEST, encoding="utf-8")
-        (folder / "README.md").write_text(README.format(folder=folder), encoding="utf-8")
+        (folder / "README.md").write_text(README, encoding="utf-8")
     except OSError as error:
         refuse(f"cannot write to {folder}: {error.strerror}")
-    print(f"Eight empty functions are in {folder / 'ppo_rlhf.py'}. Read {folder / 'README.md'}.")
+    print(f"Eight empty functions are in {folder / 'ppo_rlhf.py'}. Read {folder / 'README.md'} "
+          "(below, in Chinese).")
     print(f"To see how far you are: pytest {folder}")
 
 

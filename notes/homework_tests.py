@@ -291,6 +291,12 @@ def score_for_kl_at_the_end(lp, ref, s, mask, b):
     return torch.where(at_end, s.unsqueeze(1), -b * kl_of(lp, ref, mask))
 
 
+def all_columns_in_all_rows(lp, ref, s, mask, b):
+    rewards = -b * kl_of(lp, ref, mask)
+    rewards[:, last(mask).squeeze(1)] += s
+    return rewards
+
+
 def k3(lp, ref, mask):
     x = kl_of(lp, ref, mask)
     return torch.exp(-x) - 1 + x
@@ -323,6 +329,11 @@ REWARDS_MISTAKES = [
                                          + score_at(mask, s, last(mask) - 1)),
             "It looks as if the score is one column before the last real token. EOS is a real "
             "token, too: `mask` is True there."),
+    Mistake("Rows and columns are not indexed in pairs",
+            all_columns_in_all_rows,
+            "It looks as if every row gets a score in the last column of every reply. x[:, last] "
+            "takes all these columns from all rows. To take one column from each row, index rows "
+            "and columns in pairs: x[torch.arange(B), last]."),
     Mistake("The score is missing",
             lambda lp, ref, s, mask, b: -b * kl_of(lp, ref, mask),
             "It looks as if no token gets the score. Add it at the last real token."),

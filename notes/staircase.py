@@ -376,7 +376,7 @@ TITLES = {
     ".md": {"early": "objective, first 10 cycles", "kl": "KL",
             "step": "objective, more than the rung below"},
     ".zh.md": {"early": "目标，前 10 轮", "objective": "目标", "reward": "奖励", "human": "人的评分",
-               "kl": "KL", "entropy": "熵", "step": "目标，比下面一级多", "noise": "噪声",
+               "kl": "KL", "entropy": "熵", "step": "目标，比前一级高", "noise": "噪声",
                "bias": "偏差"}}
 
 

@@ -459,6 +459,7 @@ def part_13_beta():
 
 
 def main():
+    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows "?"
     logits, log_probs, ref_log_probs = step_1()
     rewards = step_2(log_probs, ref_log_probs)
     step_3(rewards)

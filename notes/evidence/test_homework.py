@@ -283,6 +283,13 @@ def _(log_probs, ref_log_probs, scores, mask, kl_coef):
     return rewards * mask
 
 
+@planted("token_rewards", "Rows and columns are not indexed in pairs")
+def _(log_probs, ref_log_probs, scores, mask, kl_coef):
+    rewards = torch.where(mask, -kl_coef * (log_probs - ref_log_probs), 0)
+    rewards[:, mask.sum(1) - 1] += scores
+    return rewards
+
+
 @planted("token_rewards", "The score is on every token")
 def _(log_probs, ref_log_probs, scores, mask, kl_coef):
     rewards = scores[:, None] - kl_coef * (log_probs - ref_log_probs)
@@ -702,7 +709,7 @@ def test_the_copy_is_the_script_without_eight_bodies(tmp_path):
             assert ast.dump(whole.args) == ast.dump(left.args)
     assert set(emptied) == set(grader.HOMEWORK)
     readme = (folder / "README.md").read_text(encoding="utf-8")
-    assert f"pytest {folder}" in readme and "作业" in readme
+    assert "pytest -k gae" in readme and "作业" in readme
     for name in grader.HOMEWORK:
         assert readme.count(f"| `{name}` |") == 2
 

@@ -172,9 +172,9 @@ def walkthrough():
     return done.stdout, seconds
 
 
-def test_the_walkthrough_takes_less_than_ten_seconds_and_gives_the_articles_numbers(walkthrough):
+def test_the_walkthrough_takes_seconds_and_gives_the_articles_numbers(walkthrough):
     output, seconds = walkthrough
-    assert seconds < 10
+    assert seconds < 20  # 4 on an idle machine
     for column in ["-0.84 0.88 1.96 3.48", "1.67 1.10 1.52 0.42", "2.6525 1.9650 1.7300 0.4200",
                    "0.34 1.23", "1.17045 0.20480"]:  # three of E, two of B
         lines = iter(output.splitlines())
@@ -324,7 +324,9 @@ def test_every_cell_of_the_lesson_runs_without_jupyter(run, tmp_path, monkeypatc
     shutil.copytree(run, tmp_path / "runs/lesson")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(HERE)
-    monkeypatch.setattr(ppo, "assign_rewards", ppo.assign_rewards)  # the lesson replaces it
+    own_rewards = ppo.assign_rewards
+    monkeypatch.setattr(ppo, "assign_rewards", own_rewards)  # the lesson replaces it
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     lesson = json.loads(read(NOTES / "lesson.ipynb"))
     names = {}
     for cell in lesson["cells"]:
@@ -335,7 +337,8 @@ def test_every_cell_of_the_lesson_runs_without_jupyter(run, tmp_path, monkeypatc
     shown = capsys.readouterr().out
     for number in ["3.9000", "1.6700", "2.6525", "-0.2595", "clip_fraction 0.5"]:
         assert number in shown, number
-    assert ppo.assign_rewards is names["assign_rewards"]  # put back
+    assert ppo.assign_rewards is own_rewards  # put back
+    assert "The run is" in shown and "There is no finished run" not in shown
     before_code = [a["cell_type"] for a, b in zip(lesson["cells"], lesson["cells"][1:])
                    if b["cell_type"] == "code"]
     assert before_code.count("markdown") >= 10  # a question before each cell
