@@ -77,8 +77,9 @@ docstring, and the docstring has the formula. Write the code. You need no articl
 5. When all eight pass, the script runs again: `python ppo_rlhf.py`, in this folder. It takes less
    than a minute (with loops over tokens, longer), and trains the models with your code.
 
-Each function is graded alone, so you can begin where you like. This order goes from easy to hard
-along the steps. "E" and "D" are articles; the ids are those of `notes/guide.md`.
+Each function is graded alone, so you can begin where you like. The order goes from easy to hard:
+steps 2 to 6 in a row, the loss of the reward model, and sampling last. B to E are articles. You
+need none of them; `notes/guide.md`, in the repository, names them and explains the ids.
 
 | | function | id | in the articles | what it needs |
 |---|---|---|---|---|
@@ -91,11 +92,14 @@ along the steps. "E" and "D" are articles; the ids are those of `notes/guide.md`
 | 7 | `ranking_loss` | L3 | D, stage 1 (阶段1); C, InstructGPT | all pairs of replies |
 | 8 | `sample_tokens` | S1 | E, Step 1 | softmax, temperature, chance |
 
-Three rules hold everywhere. `mask` is True on the real tokens of a reply, and what is False there
-must not influence any result, not even NaN. A result on padding is 0. Do not change the arguments.
+Rules: where a function has a `mask`, it is True on the real tokens of a reply. A position where it
+is False must not influence any result, even if it holds NaN, and a result there is 0. Do not write
+into the tensors that you are given. Losses and log-probs need a gradient: no `.item()`, no
+`.detach()`. You may call the functions that are not empty, such as `masked_mean`. In shapes, B is
+replies, T tokens, V words in the vocabulary, N rankings, K replies in a ranking.
 
-Please do not read `homework_test.py`, the finished script or `notes/staircase.md` before you have
-solved everything: they contain the answers.
+Until you have solved everything, keep `homework_test.py`, the finished script (also as the page of
+`notes/annotated.py`) and `notes/staircase.md` closed: they contain the answers.
 
 # 作业：PPO（RLHF）的八个函数
 
@@ -125,7 +129,9 @@ solved everything: they contain the answers.
 | 7 | `ranking_loss` | L3 | D，阶段1；C，InstructGPT | 所有的回复对 |
 | 8 | `sample_tokens` | S1 | E，Step 1 | softmax、温度、随机 |
 
-三条规则处处适用：`mask` 在真实词元处为 True，为 False 的位置不能影响任何结果，即使那里是 NaN；padding 处的结果是 0；不要修改传入的参数。
+规则：有 `mask` 的函数里，它在真实词元处为 True，为 False 的位置不能影响任何结果，即使那里是 NaN，而且那里的结果是 0。不要改写传入的张量。
+损失和对数概率要有梯度：不要用 `.item()` 和 `.detach()`。没有清空的函数可以调用，例如 `masked_mean`。形状里的 B 是回复数，T 是词元数，
+V 是词表大小，N 是排序数，K 是一个排序里的回复数。
 
 全部做完之前，请不要看 `homework_test.py`、完整的脚本和 `notes/staircase.md`，答案都在里面。公式的中文见 `notes/annotated.py`
 做出的网页，但代码就在旁边，看时请遮住右边。
