@@ -2,7 +2,7 @@
 """PPO for RLHF in one file. Read it from top to bottom, beside the articles.
 
     python ppo_rlhf.py            # pretraining, SFT, reward model, PPO, report; downloads nothing
-    python ppo_rlhf.py --help     # every flag: what it does, and what happens when you turn it
+    python ppo_rlhf.py --help     # every flag: what it does, often what happens when you turn it
 
 THE FOUR MODELS are small GPT-2s. The critic is a small network on top of the actor (T7).
     actor         pi      the policy that PPO trains                           ActorCritic.lm
@@ -38,9 +38,10 @@ These are the workshop's functions that it calls:
     chunks, repeat_each       cut a list into pieces; repeat each of its items
     check_logits              stops the run if the model computes NaN
     reseed, say               set the random seed for one purpose; print
-From Part II it uses judge (the human), WORLD_PROMPTS, validate, worth_keeping, and functions that
-compute, print and write metrics. `cfg` holds all flags. PPO's own flags are in PPOConfig, at the
-end of section 1. Config (section 8) adds the others. Data (section 7) holds all texts.
+From Part II it uses judge (the human), WORLD_PROMPTS, mean, validate, worth_keeping, and functions
+that compute, print and write metrics and X-rays. `cfg` holds all flags. PPO's own flags are in
+PPOConfig, at the end of section 1. Config (section 8) adds the others. Data (section 7) holds all
+texts.
 
 LETTERS in the shape comments: B replies in the batch, T tokens of the longest reply, P tokens of
 the longest prompt, V words in the vocabulary. In formulas, V(s_t) is the value of a state. `mask`
@@ -176,7 +177,7 @@ def token_rewards(log_probs, ref_log_probs, scores, mask, kl_coef: float):
     Summed over a reply of pi, log pi - log pi_ref has a mean, called KL(pi || pi_ref). It is never
     negative: on average a reply pays for its distance.
     Why pay for distance? The reward model learned from replies of SFT. A policy that goes far away
-    from SFT finds nonsense that scores high, as the "hahaha" of article D (P1, P2).
+    from SFT can find nonsense that scores high, as the "hahaha" of article D (P1, P2).
 
     The score belongs to the last token of the reply. The last column is padding for most replies.
     Step 4 ignores padding, so a score put there disappears, and no error is shown (N4).
@@ -286,8 +287,7 @@ def policy_loss(log_probs, old_log_probs, advantages, mask, clip_eps: float):
 
     Why the min? Take eps = 0.2, A = 1, rho = 0.5: the token should get more likely, and it has
     become less likely. The clipped term is 0.8, a constant: alone it would leave the mistake. The
-    min takes rho * A = 0.5, whose gradient brings the token back. So too with A = -1, rho = 1.5:
-    the clipped term is -1.2, a constant, and the min takes -1.5.
+    min takes rho * A = 0.5, which brings the token back (with A = -1, rho = 1.5: -1.5, not -1.2).
 
     clip_fraction is the share of tokens whose gradient the clip has set to 0. The clip is a brake
     and not a wall: other tokens share the same weights and can push rho further.
@@ -326,13 +326,13 @@ class PPOConfig:
     batch_size: int = HfArg(default=64, help=(
         "Replies per cycle, 32 to 512. A larger batch gives a steadier gradient and is slow. (P3)"))
     replies_per_prompt: int = HfArg(default=1, help=(
-        "How many replies in the batch answer one prompt, 1 to 8. It must divide batch_size. (L5)"))
+        "Replies to each prompt that is drawn, 1 to 8. It must divide batch_size. (L5)"))
     max_new_tokens: int = HfArg(default=32, help=(
         "The longest reply, in tokens. If it is too short, replies end unfinished. (N3)"))
     temperature: float = HfArg(default=0.7, help=(
-        "Divides all logits, 0.7 to 1. If it is low, the policy tries little that is new. (L5)"))
+        "Divides PPO's logits, 0.7 to 1. If it is low, the policy tries little that is new. (L5)"))
     kl_coef: float = HfArg(default=0.1, help=(
-        "beta, the price of KL, 0.01 to 0.2. With 0, PPO cheats the reward model. (S2, P2)"))
+        "beta, the price of KL, 0.01 to 0.2. With 0, PPO can cheat the reward model. (S2, P2)"))
     missing_eos_penalty: float = HfArg(default=1.0, help=(
         "Subtracted from the score of a reply that does not end, 0 to 5. (N3)"))
     gamma: float = HfArg(default=1.0, help=(
@@ -346,7 +346,7 @@ class PPOConfig:
     minibatches: int = HfArg(default=2, help=(
         "Updates per epoch, 1 to 8. It must divide batch_size. More are faster and noisier."))
     lr: float = HfArg(default=3e-4, help=(
-        "Learning rate of PPO, well below SFT's. It falls to 0. With --model it is 1e-5. (P3)"))
+        "Learning rate of the actor, below SFT's. It falls to 0. With --model: 1e-5. (P3)"))
     clip_eps: float = HfArg(default=0.2, help=(
         "epsilon, 0.1 to 0.3: how far the ratio moves from 1 before its gradient is 0. (S6, P3)"))
     vf_coef: float = HfArg(default=0.5, help=(
@@ -402,9 +402,9 @@ class ActorCritic(HeadedModel):
     """
 
     def forward(self, prompt_ids, prompt_mask, reply_ids, reply_mask):
-        """Read whole replies in one pass, in float32 (S1, S3).
+        """Read whole replies in one pass -> logits and values in float32 (S1, S3).
 
-        logits [B,T,V]: logits[:, t] is the distribution that reply token t was drawn from.
+        logits [B,T,V]: reply token t was drawn from softmax(logits[:, t] / temperature).
         values [B,T]: values[:, t] = V(s_t), the value of the state before token t.
         """
         T = reply_ids.shape[1]
@@ -566,8 +566,8 @@ def collect_rollout(actor, reference, score_fn, prompts: list[str], cfg) -> Roll
 # ---- Four places where algorithms differ ---------------------------------------------------------
 # To try another algorithm, change one of these functions, or assign your own to its name from
 # outside: `ppo_rlhf.estimate_advantages = mine`. Each is called in one place. The first two get the
-# whole rollout, the others a minibatch. Report, X-ray and validation do not use them. So the policy
-# that is kept is always chosen by r_RM - beta * KL.
+# whole rollout, the others a minibatch. Report and validation do not use them, nor does the X-ray,
+# except in its column `A used`. So the policy that is kept is always chosen by r_RM - beta * KL.
 
 def assign_rewards(rollout: Rollout, cfg):
     """Step 2 of a rollout -> [B,T]. A price for every token would be subtracted here."""
@@ -587,8 +587,9 @@ def estimate_advantages(rollout: Rollout, cfg):
         advantages = torch.where(rollout.mask, (sums - baseline)[:, None], 0)           # [B,T]
         return advantages, advantages
 
-    --replies_per_prompt 4 makes groups. --vf_coef 0 switches the critic off, so the second result
-    is not used. GRPO also divides by the group's standard deviation; add a little to it against 0.
+    --replies_per_prompt 4 makes groups. With --vf_coef 0 nothing learns from the second result;
+    value_loss and explained_variance mean nothing then. GRPO also divides by the group's standard
+    deviation; add a little to it against 0.
     """
     return gae(rollout.rewards, rollout.values, rollout.mask, cfg.gamma, cfg.lam)
 
@@ -596,10 +597,11 @@ def estimate_advantages(rollout: Rollout, cfg):
 def actor_loss(log_probs, rollout: Rollout, cfg):
     """Step 6 for the policy: new log-probs [B,T] of a minibatch -> (loss, clip_fraction).
 
-    KL in the loss would be added here: beta * masked_mean(exp(-x) - 1 + x, mask), as GRPO has it,
-    with x = log_probs - rollout.ref_log_probs, set to 0 on padding. `assign_rewards` must then pass
-    0 in place of cfg.kl_coef, or KL is paid twice (T6). x alone would teach nothing: its gradient
-    is grad log pi, with the mean sum(pi * grad log pi) = sum(grad pi) = grad 1 = 0.
+    KL in the loss would be added here: beta * masked_mean(0.5 * x ** 2, mask), with x = log_probs -
+    rollout.ref_log_probs, set to 0 on padding. Its gradient is on average that of KL(pi || pi_ref).
+    `assign_rewards` must then pass 0 in place of cfg.kl_coef, or KL is paid twice (T6). x alone
+    would teach nothing: its gradient has the mean sum(pi * grad log pi) = sum(grad pi) = grad 1,
+    which is 0. GRPO takes exp(-x) - 1 + x, whose gradient is that of KL(pi_ref || pi).
     """
     return policy_loss(log_probs, rollout.log_probs, rollout.advantages, rollout.mask, cfg.clip_eps)
 
@@ -632,8 +634,8 @@ def update_policy(actor, optimizer, rollout: Rollout, cfg) -> dict[str, float]:
 
     The rollout was expensive, so it is used several times. But its tokens come from the old policy.
     The ratio corrects for that, and the clip keeps the new policy near the old one (T3).
-    Returns the metrics, averaged over all updates. Only first_log_ratio, the mean of |log rho|, is
-    that of the first minibatch, before any update. It must be 0, apart from rounding.
+    Returns the metrics, averaged over all updates, except the last three. first_log_ratio, the mean
+    of |log rho|, is that of the first minibatch, before any update: 0, apart from rounding.
     """
     history = []
     for epoch in range(cfg.ppo_epochs):
@@ -653,11 +655,11 @@ def make_optimizer(actor, cfg):
     """AdamW for actor and critic. Their learning rates fall to 0 over the run.
 
     The critic starts from nothing and should be ahead of the actor, so it learns ten times as fast.
-    There is no weight decay, which would pull all weights towards 0. beta_2 and eps are not Adam's
-    usual 0.999 and 1e-8. Adam's step is lr * m / (sqrt(v) + eps), with running means m of the
-    gradient and v of its square. Late in training most gradients are small, and a rare bad reply
-    has a large one, g. Then m = 0.1 g and v = (1 - beta_2) g^2, so the step is 3.2 lr with 0.999,
-    and harms other replies; with 0.95 it is 0.45 lr. With eps 1e-5, rounding noise moves nothing.
+    There is no weight decay. beta_2 and eps are not Adam's usual 0.999 and 1e-8. Adam's step is
+    about lr * m / (sqrt(v) + eps), with running means m of the gradient and v of its square. Late
+    in training most gradients are small, and a rare bad reply has a large one, g. Then m = 0.1 g
+    and v = (1 - beta_2) g^2. With 0.999 the step grows to 3.2 lr (it is 2 lr after 480 updates) and
+    harms other replies; with 0.95 it is 0.45 lr. With eps 1e-5, rounding noise moves little.
     """
     groups = [{"params": actor.lm.parameters(), "lr": cfg.lr},
               {"params": actor.head.parameters(), "lr": 10 * cfg.lr}]
@@ -752,7 +754,7 @@ def pretrain(actor, texts: list[Reply], cfg) -> ActorCritic:
 
 
 def finetune(pretrained, demos: list[Reply], cfg) -> ActorCritic:
-    """Stage 1: imitate demonstrations, which are correct and mostly mechanical (D)."""
+    """Stage 1: imitate demonstrations. Most are correct, and half are mechanical (D)."""
     actor = copy.deepcopy(pretrained)
     return train_supervised(actor, imitation_loss, demos, 16, cfg.sft_steps, cfg.sft_lr, "SFT", cfg)
 
@@ -828,9 +830,9 @@ def normalize(model, replies: list[Reply]):
 def start_at_mean(actor, score_fn, prompts: list[str], cfg):
     """Let the critic begin at the mean score of a batch of replies, not at 0 (N5).
 
-    `run_stages` calls it before PPO for a reward of your own, which `normalize` has not scaled. If
-    all its scores were far below 0, and the critic began at 0, then every token of the first batch
-    would have A_t < 0 and become less likely.
+    `run_stages` calls it before PPO for every --reward except `model`, whose mean is 0. If all
+    scores were far below 0, and the critic began at 0, then every token of the first batch would
+    have A_t < 0 and become less likely.
     """
     rng = reseed(cfg, "critic")
     asked = share(rng.choices(prompts, k=cfg.batch_size))
@@ -844,7 +846,7 @@ def train_reward_model(sft, data: Data, cfg) -> RewardModel:
     rng = reseed(cfg, "rankings")
     rankings = data.rankings
     if not rankings:
-        known = split(WORLD_PROMPTS)["train"]  # the human cannot judge replies to your own prompts
+        known = world_to_train_on(data.prompts)  # the human cannot judge replies to other prompts
         rankings = label_rankings(sft, known, cfg, rng)
     model = RewardModel(copy.deepcopy(sft.lm), sft.tokenizer, cfg)
     same_in_all_processes(model)  # its head is new and random
@@ -919,7 +921,7 @@ KINDS = {
     "mechanical": ["list"],                # To feel less sad, you can do sports or sleep.
     "off_topic": ["off_topic"],            # A spider has eight legs.
     "dismissive": ["dismissive"]}          # Nobody cares.
-# How many of 100 texts are of each kind. SFT's texts are mostly mechanical, as D tells. But the
+# How many of 100 texts are of each kind. Half of SFT's texts are mechanical, as D tells. But the
 # best kind must occur too: PPO can only strengthen replies that SFT gives sometimes.
 PRETRAIN_MIX = {
     "best": 8,
@@ -1051,8 +1053,9 @@ def column_means(table: list[dict]) -> dict[str, float]:
 def describe(rollouts: list[Rollout], kl_coef: float) -> list[dict]:
     """One line for each reply of all processes: its text, the human's verdicts and what PPO sees.
 
-    kl is log pi - log pi_ref of the whole reply: summed over its tokens. Its mean over replies is
-    KL(pi || pi_ref), which cannot be negative; a single kl can. objective = reward - beta * kl.
+    kl is log pi - log pi_ref of the whole reply: summed over its tokens. Its expectation under pi
+    is KL(pi || pi_ref), which cannot be negative. A single kl can, and so can the mean of a few.
+    objective = reward - beta * kl.
     """
     table = []
     for rollout in rollouts:
@@ -1126,9 +1129,10 @@ def distance_from_old(log_probs, rollout: Rollout) -> dict:
 
 
 def explained_variance(rollout: Rollout) -> float:
-    """1 - Var(G - V) / Var(G) over the real tokens. 1: perfect. 0: no better than the mean.
+    """1 - Var(G - V) / Var(G) over the real tokens. 1: perfect. 0: no better than a constant.
 
-    V are the values of Phase I: what the critic said before it learned from these returns.
+    V are the values of Phase I: what the critic said before it learned from these returns. A
+    constant error of V does not count.
     """
     _, unexplained = moments(rollout.returns - rollout.values, rollout.mask)
     _, total = moments(rollout.returns, rollout.mask)
@@ -1171,7 +1175,7 @@ def optimum(scores, log_ratios, kl_coef: float):
 
 
 def standard_error(terms) -> float:
-    """The standard error of the mean of terms [prompts,2N].
+    """The standard error of the mean of terms [prompts,2N], for these prompts.
 
     The first N columns are a sample of the policy, the others one of the reference. The mean of all
     is (mean_1 + mean_2) / 2, so its variance is (var_1 / N + var_2 / N) / 4.
@@ -1186,10 +1190,10 @@ def measure_optimum(policy, sft, log_ratios, kl_coef: float) -> dict[str, float]
 
     policy, sft: columns of their tables, name -> [prompts,N]. log_ratios [prompts,N]: log pi - log
     pi_ref of SFT's replies. The effective sample size of a prompt, 2N / mean(weights^2), says how
-    many samples of equal weight would be as good. If the smallest is below 10, the best replies may
-    have been missed, and without them Z is too small. Then J* is only a lower bound, and no error
-    and no fraction is given. There is no fraction either if SFT reaches J* already, and no J* if
-    beta is 0.
+    many samples of equal weight would be as good. If the smallest is below 10, J* hangs on a few
+    samples. Then it is a rough value, too low if the best replies were missed, and no error and no
+    fraction is given. (If all of them were missed, the size does not show it.) There is no fraction
+    either if SFT reaches J* already, and no J* if beta is 0.
     """
     nothing = {
         "objective": math.nan,
@@ -1354,7 +1358,7 @@ def show_report(report: dict, tables: dict[str, list], prompts: list[str], cfg):
     if not math.isnan(best["objective"]):
         say("\nTHE OPTIMUM: the best objective that any policy can have")
         if math.isnan(best["objective_error"]):
-            say(f"J* = {best['objective']:.3f} or more: the best replies were too rare among the "
+            say(f"J* is about {best['objective']:.3f}: the best replies were too rare among the "
                 "samples to say how far PPO came")
         elif math.isnan(best["fraction"]):
             say(f"J* = {best['objective']:.3f}: SFT is there already")
@@ -1381,7 +1385,8 @@ def one_line(text: str) -> str:
 
 
 # ---- The X-ray -----------------------------------------------------------------------------------
-# The X-ray keeps these three functions of the article, even if you assign others to their names.
+# The X-ray keeps these functions of the article, even if you assign others to their names. (A new
+# td_residuals changes A_t and return all the same: gae calls it by its name.)
 article_rewards, article_residuals, article_gae = token_rewards, td_residuals, gae
 
 
@@ -1430,7 +1435,7 @@ def ratios(actor, rollout: Rollout, cfg):
 
 
 def show_first_update(rollout: Rollout, old_actor, actor, cfg):
-    """The X-ray of cycle 1, with the ratio before its update (1, always) and after it."""
+    """The X-ray of cycle 1, with the ratio before its updates (1, always) and after them."""
     extra = {
         "rho before": ratios(old_actor, rollout, cfg),
         "rho after": ratios(actor, rollout, cfg)}
@@ -1501,8 +1506,8 @@ def xray_lines(cycle: int, rollout: Rollout, extra: dict, tokenizer, cfg) -> lis
 #   approx_kl            to the old policy, per token, mean over the updates: below 0.1, and below
 #                        0.02 after the first cycles
 #   first_log_ratio      below 1e-5 in float32. If not, the old log-probs are wrong
-#   policy_loss          jitters around 0 and says little
-#   value_loss           falls
+#   policy_loss          below 0 while the critic lags behind, later near 0. It says little
+#   value_loss           may rise in the first cycles, then falls
 #   explained_variance   rises from 0 while replies differ in quality. Once nearly all are good,
 #                        there is little left to explain, and it jumps about
 PRINTED = {  # column -> its format
@@ -1783,9 +1788,9 @@ def check_messages(messages):
 def common_prompt(texts: list[str]) -> str:
     """The format of HH-RLHF: the prompt is what all replies begin with.
 
-    Labels such as "Human:" tell who speaks. If the last label is not that of the first speaker, the
-    prompt ends after it: "Human: Hi! Assistant: ". Otherwise it ends after a word or a Chinese
-    sentence: "Human: Hi! How " of "Human: Hi! How a".
+    Labels such as "Human:" tell who speaks. They begin a line, or follow a Chinese sentence. If the
+    last label is not that of the first speaker, the prompt ends after it, as after "Assistant: ".
+    Otherwise it ends after a word or a Chinese sentence: "Human: Hi! How " of "Human: Hi! How a".
     """
     common = os.path.commonprefix(texts)
     labels = list(re.finditer(r"(?:^|[\n。！？])\s*(\w+)[:：] ?", common))
@@ -1826,7 +1831,7 @@ def without_marks(reply: Reply, tokenizer) -> Reply:
 def cut(text: str, room: int, tokenizer, keep_end: bool = False) -> str:
     """The beginning (or the end) of a text that fits into `room` tokens.
 
-    It is cut between paragraphs; if that keeps nothing, between sentences, then words (N2).
+    It is cut between paragraphs; if that keeps nothing, between sentences, words, characters (N2).
     """
     # Few tokens have more than 40 characters. This saves time: a whole book is not tokenized.
     text = text[-40 * room:] if keep_end else text[:40 * room]
@@ -1908,6 +1913,12 @@ class Data:
     held_out: list[list[Reply]]    # rankings that measure the reward model
 
 
+def world_to_train_on(prompts: dict[str, list[str]]) -> list[str]:
+    """The world's training prompts, without those that a user's own split holds out."""
+    held_out = prompts["validation"] + prompts["test"]
+    return [prompt for prompt in split(WORLD_PROMPTS)["train"] if prompt not in held_out]
+
+
 def load_data(own: dict[str, list[Line]], cfg) -> Data:
     """Divide your own lines into training and held-out. What you do not give, the world gives.
 
@@ -1937,7 +1948,7 @@ def load_data(own: dict[str, list[Line]], cfg) -> Data:
         demos = [replies[0] for replies in train["demos"] or train["preferences"]]
     else:
         rng = reseed(cfg, "texts")
-        world = split(WORLD_PROMPTS)["train"]
+        world = world_to_train_on(prompts)
         texts = write_texts(rng, world, PRETRAIN_MIX)
         demos = write_texts(rng, world, SFT_MIX)
     return Data(prompts, texts, demos, train["preferences"], held_out["preferences"])
@@ -2183,18 +2194,19 @@ class Config(PPOConfig):
     out: str = HfArg(default="", help=(
         "Folder for the results. It must be new or empty. The default is runs/<date-time>."))
     seed: int = HfArg(default=0, help=(
-        "Seed of all random numbers. The same seed on the same machine gives the same results."))
+        "Seed of all random numbers. The same seed on the same CPU gives the same results."))
     device: str = HfArg(default="cuda" if torch.cuda.is_available() else "cpu", help=(
         "Where the models compute: cpu, cuda, cuda:1 ..."))
     bf16: bool = HfArg(default=True, help=(
         "Compute in bfloat16 on a GPU. A CPU always computes in float32. (R3)"))
     micro_batch_size: int = HfArg(default=64, help=(
-        "Replies (in stage 2 rankings) that a model reads at once. Fewer need less memory and give "
-        "the same update. (R2)"))
+        "Replies (in stage 2 rankings) in one pass of learning. Fewer need less memory and give "
+        "the same update. Phase I samples its whole batch at once. (R2)"))
     max_grad_norm: float = HfArg(default=1.0, help=(
         "A gradient that is longer than this is shortened to it, 0.5 to 1. In all stages."))
     eval_every: int = HfArg(default=10, help=(
-        "Validate after this many cycles. Keep the policy unless an earlier one was better. (L6)"))
+        "Validate after this many cycles. The policy is kept, unless an earlier one was clearly "
+        "better. (L6)"))
     eval_batches: int = HfArg(default=3, help=(
         "Replies for each validation, in batches of batch_size. More: a surer choice of policy."))
     report_batches: int = HfArg(default=28, help=(
@@ -2227,18 +2239,18 @@ class Config(PPOConfig):
     n_head: int = HfArg(default=4, help="Attention heads in each layer of tiny. GPT-2 has 12.")
     # Stages 0 to 2
     pretrain_steps: int = HfArg(default=250, help=(
-        "Updates in stage 0, which only tiny has. Fewer: clumsy English. (L2)"))
+        "Updates in stage 0. With --model the default is 0. Fewer: clumsy English. (L2)"))
     sft_steps: int = HfArg(default=450, help=(
         "Updates in stage 1. Fewer: the model forgets what it was asked about. With --model, "
         "--prompts and --reward alone, the default is 0. (L2)"))
     sft_lr: float = HfArg(default=5e-3, help=(
         "Learning rate of stages 0 and 1. With --model the default is 5e-5. (P3)"))
     rm_steps: int = HfArg(default=600, help=(
-        "Updates in stage 2. Fewer: a worse reward model, which PPO then cheats. (P1)"))
+        "Updates in stage 2. Fewer: a worse reward model, which PPO can cheat. (P1)"))
     rm_lr: float = HfArg(default=1e-3, help=(
         "Learning rate of stage 2. With --model the default is 1e-5."))
     rankings: int = HfArg(default=2200, help=(
-        "Rankings of 4 replies that the human gives. 100 make a model that is easy to cheat. (L3)"))
+        "Rankings of 4 replies that the human gives. 100 make a much worse model. (L3)"))
     label_noise: float = HfArg(default=0.3, help=(
         "How unsure the human is, in points, 0 to 2. More: a worse reward model. (P1)"))
 
@@ -2436,8 +2448,8 @@ def draw(examples: list, batch_size: int, rng: random.Random) -> list:
 def draw_prompts(prompts: list[str], rng: random.Random, cfg) -> list[str]:
     """The prompts of one cycle, each repeated replies_per_prompt times; this process's share.
 
-    A prompt may be drawn twice. Then its replies make one larger group. No group is divided among
-    processes.
+    A prompt may be drawn twice. Then its replies make one larger group, or a group in each process
+    if the draws fall into two processes. The replies of one draw are never divided.
     """
     drawn = rng.choices(prompts, k=cfg.batch_size // cfg.replies_per_prompt)
     return repeat_each(share(drawn), cfg.replies_per_prompt)

@@ -559,3 +559,16 @@ def test_a_line_of_ten_megabytes_is_cut_within_seconds(word, tmp_path, monkeypat
     with pytest.raises(ppo.UserError, match="until here"):
         ppo.main([*TINY, "--demos", path, "--preferences", path])
     assert time.process_time() - start < 8
+
+
+def test_what_a_users_split_of_the_worlds_prompts_holds_out_is_in_no_text(tmp_path):
+    """The world's prompts in another order are split in another way."""
+    path = tmp_path / "prompts.jsonl"
+    rows = [json.dumps({"prompt": prompt}) for prompt in reversed(list(ppo.WORLD_PROMPTS))]
+    path.write_text("\n".join(rows))
+    cfg = ppo.Config(prompts=str(path))
+    data = ppo.load_data(ppo.read_own_data(None, cfg), cfg)
+    held_out = {*data.prompts["validation"], *data.prompts["test"]}
+    assert len(held_out) == 28
+    assert not held_out & {reply.prompt for reply in data.texts + data.demos}
+    assert not held_out & set(ppo.world_to_train_on(data.prompts))
