@@ -55,6 +55,7 @@ from __future__ import annotations
 import copy
 import csv
 import gc
+import hashlib
 import importlib.util
 import inspect
 import json
@@ -62,6 +63,7 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -1288,8 +1290,9 @@ def reward_model_quality(score_fn, sft, data: Data, cfg) -> dict[str, float]:
     """How well a reward agrees with the human, on prompts that no stage has seen (P1).
 
     accuracy: share of the pairs of replies to a prompt that both order alike. Pairs that the human
-    finds equal do not count. correlation: Pearson's r of the two scores. It is NaN for your own
-    data, where rankings tell an order and no points. Without rankings and human, both are NaN.
+    finds equal do not count; pairs that the reward finds equal count half. correlation: Pearson's r
+    of the two scores. It is NaN for your own data, where rankings tell an order and no points.
+    Without rankings and human, both are NaN.
     """
     reseed(cfg, "reward model quality")
     groups = data.held_out
@@ -1304,7 +1307,9 @@ def reward_model_quality(score_fn, sft, data: Data, cfg) -> dict[str, float]:
             points = [judge(reply)["human"] for reply in replies]
         scores = ask_score_fn(score_fn, replies)
         for i, j in combinations(range(len(replies)), 2):
-            if points[i] != points[j]:
+            if points[i] != points[j] and scores[i] == scores[j]:
+                alike.append(0.5)
+            elif points[i] != points[j]:
                 alike.append((points[i] - points[j]) * (scores[i] - scores[j]) > 0)
         all_points += points
         all_scores += scores
@@ -1607,14 +1612,16 @@ def encode(model, replies: list[Reply]):
     Prompt and reply are encoded separately, so that no token contains a piece of both. A finished
     reply ends with EOS, so the models learn to stop (N1).
     """
+    prompt_ids, prompt_mask = encode_prompts(model, [reply.prompt for reply in replies])
+    # A sampled reply can have more tokens when encoded again: with half a character at its end, or
+    # if this is the reward model of another run, with a tokenizer of its own.
+    room = positions_of(model.lm) - prompt_ids.shape[1]
     texts = [reply.text for reply in replies]
     sequences = []
     for reply, ids in zip(replies, model.tokenizer(texts, add_special_tokens=False).input_ids):
         if reply.finished:
             ids = ids + [model.tokenizer.eos_token_id]
-        # A reply cut off in the middle of a character can have more tokens when encoded again.
-        sequences.append(ids[:model.cfg.max_new_tokens])
-    prompt_ids, prompt_mask = encode_prompts(model, [reply.prompt for reply in replies])
+        sequences.append(ids[:room])
     reply_ids, mask = pad(sequences, "right", model)
     return prompt_ids, prompt_mask, reply_ids, mask
 
@@ -1685,18 +1692,22 @@ def read_jsonl(path: str, flag: str, tokenizer=None) -> list[Line]:
               "no line has a prompt: chosen and rejected begin alike in none of them")
     if unusable:
         say(f"--{flag}: {unusable} of {unusable + len(lines)} lines left out: they have no reply, "
-            "or the same reply twice")
+            "or the same reply twice, or the label false")
+    empty = [line for line in lines if line.replies[0].prompt == ""]
+    if empty and flag == "preferences":
+        say(f"--{flag}: {len(empty)} of {len(lines)} lines have no prompt: chosen and rejected do "
+            "not begin alike")
     return without_repeated_prompts(lines)
 
 
 def is_usable(line: Line, flag: str) -> bool:
-    """Is there something to learn? An empty demonstration has nothing, nor have equal replies."""
-    texts = [reply.text for reply in line.replies]
+    """Is there something to learn? Not from a demonstration that is empty, or labelled as bad, and
+    not from equal replies."""
     if flag == "prompts":
         return True
     if flag == "demos":
-        return texts != [""]
-    return len(texts) >= 2 and len(set(texts)) == len(texts)
+        return line.replies[0].text != "" and line.fields.get("label") is not False
+    return len(line.replies) >= 2 and len(set(line.replies)) == len(line.replies)
 
 
 def parse_line(row: str, flag: str, tokenizer=None) -> Line:
@@ -1706,6 +1717,9 @@ def parse_line(row: str, flag: str, tokenizer=None) -> Line:
         fields = json.loads(row)
     check(isinstance(fields, dict), "this is JSON, but not an object {...}")
     check(fields.get("prompt", "") is not None, "`prompt` is null; give a text, or leave it out")
+    if flag == "preferences" and "prompt" not in fields:
+        for name in ["question", "instruction", "query"]:
+            check(name not in fields, f"its prompt is called {name}; rename this field to prompt")
     with explain(f"its fields are {', '.join(fields)}, but --{flag} needs others (see --help)",
                  KeyError):
         # A prompt of None means that the texts begin with the prompt.
@@ -1760,7 +1774,13 @@ def render(prompt, replies: list, tokenizer) -> tuple[list, str, list[str]]:
               "conversations")
         prompt = earlier
     check_messages(prompt)
+    check(prompt[-1]["role"] != "assistant", "its prompt ends with the assistant; the last message "
+          "must be of the user")
     prompt_text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    check(prompt[-1]["content"].strip() in prompt_text, "the chat template leaves out the last "
+          "message of the prompt; is its role `user`?")
+    if replies == [""]:  # --prompts has no replies
+        return prompt, prompt_text, [""]
     texts = []
     for messages in conversations:
         if len(messages) == 1:  # the reply alone
@@ -1771,8 +1791,6 @@ def render(prompt, replies: list, tokenizer) -> tuple[list, str, list[str]]:
         check(text.startswith(prompt_text), "the chat template changes the prompt once it has a "
               "reply; write plain texts")
         texts.append(text.removeprefix(prompt_text))
-    if replies == [""]:  # --prompts has no replies
-        texts = [""]
     return prompt, prompt_text, texts
 
 
@@ -1864,7 +1882,10 @@ def positions_of(model) -> int:
 
 
 def shorten(lines: list[Line], model, cfg) -> list[Line]:
-    """Cut what is too long. Prompts keep their end. Replies keep their beginning and get no EOS."""
+    """Cut what is too long. Prompts keep their end. Replies keep their beginning and get no EOS.
+
+    No line is left out here: `split` counts the prompts, and must always count the same ones.
+    """
     positions = positions_of(model.lm)
     check(cfg.max_new_tokens <= positions - 32,
           f"--max_new_tokens must leave 32 of {positions} tokens to the prompt")
@@ -1879,10 +1900,7 @@ def shorten(lines: list[Line], model, cfg) -> list[Line]:
             replies.append(Reply(short_prompt, short_text, short_text == text))
         if short_prompt != prompt or not all(reply.finished for reply in replies):
             cuts += 1
-        # A line is useless if its replies differ only in what was cut off, or if nothing is left.
-        empty = len(replies) == 1 and line.replies[0].text and not replies[0].text
-        if len(set(replies)) == len(replies) and not empty:
-            short.append(line._replace(replies=replies))
+        short.append(line._replace(replies=replies))
     if cuts:
         say(f"{cuts} of {len(lines)} lines cut to fit --max_new_tokens {cfg.max_new_tokens} "
             f"and {positions} positions")
@@ -1932,7 +1950,10 @@ def load_data(own: dict[str, list[Line]], cfg) -> Data:
     allowed, in_practice = set(splits["train"]), set(practice)
     train, held_out = {}, {}
     for flag, lines in own.items():
-        all_replies = [line.replies for line in lines]
+        all_replies = [line.replies for line in lines if is_usable(line, flag)]
+        if len(all_replies) < len(lines):
+            say(f"--{flag}: {len(lines) - len(all_replies)} of {len(lines)} lines left out: their "
+                f"replies are equal or empty once they are cut to {cfg.max_new_tokens} tokens")
         train[flag] = [replies for replies in all_replies if replies[0].prompt in allowed]
         held_out[flag] = [replies for replies in all_replies if replies[0].prompt not in allowed]
         check(train[flag] or not getattr(cfg, flag), f"--{flag} leaves nothing to train on; give 6 "
@@ -1946,6 +1967,8 @@ def load_data(own: dict[str, list[Line]], cfg) -> Data:
     if written:
         texts = [reply for replies in train["demos"] + train["preferences"] for reply in replies]
         demos = [replies[0] for replies in train["demos"] or train["preferences"]]
+        demos = [reply for reply in demos if reply.text]
+        check(demos, "all replies to imitate are empty")
     else:
         rng = reseed(cfg, "texts")
         world = world_to_train_on(prompts)
@@ -2094,7 +2117,7 @@ def load_module(path: Path):
 def load_classifier(cfg):
     """A sequence-classification model as a reward function. Its last label counts."""
     model, loaded = AutoModelForSequenceClassification.from_pretrained(
-        cfg.reward, output_loading_info=True)
+        cfg.reward, dtype=torch.float32, output_loading_info=True)
     check(not loaded["missing_keys"],
           f"it has no weights for {', '.join(sorted(loaded['missing_keys']))}")
     tokenizer = AutoTokenizer.from_pretrained(cfg.reward)
@@ -2152,9 +2175,14 @@ def with_columns(score_fn, own: dict[str, list[Line]]):
             message = [{"role": "assistant", "content": completion}]
             given["prompts"].append(line.messages or prompt)
             given["completions"].append(message if line.messages else completion)
-        return call_by_name(score_fn, given)
+        return call_by_name(score_fn, copy.deepcopy(given))  # it may change the lists it gets
 
     return score
+
+
+def random_numbers_of_its_own():
+    """Within this, somebody else may seed torch or draw from it, and we notice nothing."""
+    return torch.random.fork_rng(range(torch.cuda.device_count()))
 
 
 def ask_score_fn(score_fn, replies: list[Reply]) -> list[float]:
@@ -2171,9 +2199,10 @@ def ask_score_fn(score_fn, replies: list[Reply]) -> list[float]:
         "finished": list(finished)}
     example = unique[0].text[:50]
     with explain(f"--reward failed{WHERE[0]} on replies such as {example!r}", Exception,
-                 SystemExit), torch.no_grad():
+                 SystemExit), torch.no_grad(), random_numbers_of_its_own():
         scores = call_by_name(score_fn, given)
-        check(not isinstance(scores, dict), "it returned a dict; give a list of numbers")
+        check(not isinstance(scores, (dict, set)),
+              f"it returned a {type(scores).__name__}; give a list of numbers")
         scores = list(scores)
         check(len(scores) == len(unique), f"{len(scores)} scores for {len(unique)} replies")
         for reply, score in zip(unique, scores):
@@ -2285,7 +2314,10 @@ def parse_config(argv=None) -> Config:
     A flag has the value given, or that of the run in --resume or --init_from, or the default. The
     command line is parsed twice: first for the flags that change defaults, then with these.
     """
-    argv = argv if argv is None else [str(word) for word in argv]
+    argv = sys.argv[1:] if argv is None else [str(word) for word in argv]
+    for before, word in zip(["", *argv], argv):
+        check(word, f"{before} has an empty value; is a variable unset?")
+        check(not re.fullmatch("--.*=", word), f"{word} has an empty value; is a variable unset?")
     parser = HfArgumentParser(Config, usage="python ppo_rlhf.py [--FLAG VALUE ...]",
                               allow_abbrev=False)
     parser.error = refuse
@@ -2296,7 +2328,7 @@ def parse_config(argv=None) -> Config:
         run = Path(getattr(given, flag))
         with explain(f"--{flag} {run} is not the folder of a run", OSError, ValueError, TypeError):
             saved = asdict(Config(**json.loads((run / "config.json").read_text())))
-            saved.update({"out": given.resume, flag: str(run)})
+            saved.update({"out": given.resume, flag: getattr(given, flag)})
             parser.set_defaults(**saved)
             parser.parse_args([])  # checks the types of the saved values
         if given.resume:
@@ -2304,6 +2336,8 @@ def parse_config(argv=None) -> Config:
         for folder, names in FIXED.items():
             if (run / folder).is_dir():
                 fixed.update({name: saved[name] for name in names})
+        if saved["preferences"] and not saved["demos"]:  # SFT imitated their best replies
+            fixed["preferences"] = saved["preferences"]
     elif given.model != "tiny":
         parser.set_defaults(**REAL_MODEL)
         if given.prompts and given.reward != "model" and not (given.demos or given.preferences):
@@ -2502,6 +2536,17 @@ def steps_to_do(stage: str, steps: int, cfg):
     WHERE[0] = ""
 
 
+def fingerprints(cfg) -> dict[str, str]:
+    """A hash of each file of the user. A resumed run must find the same data and reward."""
+    paths = [getattr(cfg, flag) for flag in OWN_DATA]
+    paths.append(cfg.reward.rpartition(":")[0])
+    hashes = {}
+    for path in paths:
+        if Path(path).is_file():
+            hashes[path] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return hashes
+
+
 def cycles_to_do(training: dict, log: list[dict], cfg):
     """Count PPO's cycles: yield (cycle, random stream) for each one that is still to be done.
 
@@ -2510,13 +2555,14 @@ def cycles_to_do(training: dict, log: list[dict], cfg):
     the cycles since the last save, bit for bit, because each has a random stream of its own.
     """
     path = Path(cfg.out) / "state.pt"
-    settings = dict(asdict(cfg), out="", resume="", device="")
+    settings = dict(asdict(cfg), out="", resume="", device="", files=fingerprints(cfg))
     first = 0
     if cfg.resume and path.exists():
         with explain(f"{path} is damaged or not of this run; without it, PPO would begin anew",
                      Exception):
             state = torch.load(path, map_location="cpu", weights_only=True)
-            check(state["settings"] == settings, "its settings differ from config.json")
+            check(state["settings"] == settings,
+                  "config.json, the data or the reward have changed since it was written")
             first = state["cycle"]
             log += state["log"]
             for name, part in training.items():
@@ -2660,7 +2706,10 @@ def main(argv=None):
             if WORLD > 1:
                 dist.barrier()  # one process that leaves early can make another one crash
         except KeyboardInterrupt:
-            say(f"\nstopped; to go on: {command(argv, '--resume', cfg.out)}")
+            if cfg.out and (Path(cfg.out) / "config.json").exists():
+                say(f"\nstopped; to go on: {command(argv, '--resume', cfg.out)}")
+            else:
+                say("\nstopped, before anything was written")
             raise
         finally:
             if WORLD > 1:
@@ -2709,7 +2758,7 @@ def modules_forgotten():
 def command(argv, *flags: str) -> str:
     """How to call this script with these flags, in the way in which it was called."""
     if argv is None:
-        return " ".join(["python", sys.argv[0], *flags])
+        return shlex.join(["python", sys.argv[0], *flags])
     return f"main({list(flags)})"
 
 

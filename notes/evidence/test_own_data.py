@@ -239,7 +239,8 @@ def test_an_eos_that_ends_a_reply_as_text_is_taken_off_and_one_token_is_there(te
 
 def test_an_eos_as_text_is_no_difference_between_two_replies(world):
     pair = [ppo.Reply("Hi\n", text, True) for text in ("Yes.<eos>", "Yes.")]
-    assert ppo.shorten([as_line(pair)], world[1], small_config()) == []
+    [line] = ppo.shorten([as_line(pair)], world[1], small_config())
+    assert not ppo.is_usable(line, "preferences")
 
 
 def beginning_with_bos(tokenizer, adds_it):
@@ -539,8 +540,9 @@ def test_a_very_long_prompt_keeps_its_end_and_a_very_long_reply_its_beginning(wo
 def test_replies_that_became_equal_are_no_ranking_any_more(world):
     same = [ppo.Reply("Hi\n", "very " * 40 + end, True) for end in ("good", "bad")]
     different = [ppo.Reply("Hi\n", end + " very" * 40, True) for end in ("good", "bad")]
-    [line] = ppo.shorten([as_line(same), as_line(different)], world[1], small_config())
-    assert [reply.text[:3] for reply in line.replies] == ["goo", "bad"]
+    lines = ppo.shorten([as_line(same), as_line(different)], world[1], small_config())
+    assert [ppo.is_usable(line, "preferences") for line in lines] == [False, True]
+    assert [reply.text[:3] for reply in lines[1].replies] == ["goo", "bad"]
 
 
 @pytest.mark.parametrize("word", [
@@ -572,3 +574,65 @@ def test_what_a_users_split_of_the_worlds_prompts_holds_out_is_in_no_text(tmp_pa
     assert len(held_out) == 28
     assert not held_out & {reply.prompt for reply in data.texts + data.demos}
     assert not held_out & set(ppo.world_to_train_on(data.prompts))
+
+
+def test_a_shorter_limit_moves_no_prompt_from_training_to_the_test(tmp_path, world, capsys):
+    """Lines that become useless still count when the prompts are divided."""
+    rows = []
+    for i in range(66):
+        beginning = "very " * 12 if i % 7 == 0 else ""  # with a small limit these are equal
+        rows.append({"prompt": f"Question {i}?\n", "chosen": beginning + "good",
+                     "rejected": beginning + "bad"})
+    path = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    prompts = []
+    for limit in (40, 8):
+        cfg = ppo.Config(preferences=str(path), max_new_tokens=limit)
+        own = ppo.read_own_data(None, cfg)
+        own = {flag: ppo.shorten(lines, world[1], cfg) for flag, lines in own.items()}
+        prompts.append(ppo.load_data(own, cfg).prompts)
+    assert prompts[0] == prompts[1]
+    assert "10 of 66 lines left out" in capsys.readouterr().out
+
+
+def test_an_empty_best_reply_is_not_imitated(tmp_path):
+    rows = [{"prompt": f"q{i}\n", "chosen": "" if i % 2 else "Yes.", "rejected": "No."}
+            for i in range(20)]
+    cfg = ppo.Config(preferences=str(write_jsonl(tmp_path / "pairs.jsonl", rows)))
+    demos = ppo.load_data(ppo.read_own_data(None, cfg), cfg).demos
+    assert demos and all(reply.text == "Yes." for reply in demos)
+
+
+def test_a_demonstration_with_the_label_false_is_left_out(tmp_path, capsys):
+    rows = [{"prompt": "a", "completion": "Shut up.", "label": False}, *TEN]
+    path = write_jsonl(tmp_path / "demos.jsonl", rows)
+    lines = ppo.read_jsonl(str(path), "demos")
+    assert "Shut up." not in [line.replies[0].text for line in lines] and len(lines) == len(TEN)
+    assert "1 of 11 lines left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["question", "instruction", "query"])
+def test_a_prompt_by_another_name_is_not_thrown_away(name, tmp_path):
+    row = {name: "Why?", "chosen": "The light is bent.", "rejected": "The sky is."}
+    path = write_jsonl(tmp_path / "pairs.jsonl", [row] * 3)
+    with pytest.raises(ppo.UserError, match=f"its prompt is called {name}"):
+        ppo.read_jsonl(str(path), "preferences")
+
+
+def test_lines_without_a_common_beginning_are_counted(tmp_path, capsys):
+    rows = [{"chosen": f"Q: {i}? A: yes", "rejected": f"Q: {i}? A: no"} for i in range(3)]
+    rows += [{"chosen": "yes", "rejected": "no"}]
+    ppo.read_jsonl(str(write_jsonl(tmp_path / "pairs.jsonl", rows)), "preferences")
+    assert "1 of 4 lines have no prompt" in capsys.readouterr().out
+
+
+def test_messages_whose_template_drops_the_question_are_refused(world):
+    tokenizer = with_chat_template(copy.deepcopy(world[1].tokenizer))
+    tokenizer.chat_template = (
+        "{% for message in messages %}{% if message.role in ['user', 'assistant'] %}"
+        "<{{ message.role }}>{{ message.content }}{% endif %}{% endfor %}<assistant>")
+    ends = {"role": "assistant", "content": "Yes."}
+    for messages, complaint in [
+            ([{"role": "user", "content": "Hi"}, ends], "its prompt ends with the assistant"),
+            ([{"role": "stranger", "content": "Hello there"}], "leaves out the last message")]:
+        with pytest.raises(ppo.UserError, match=complaint):
+            ppo.render(messages, [""], tokenizer)

@@ -757,3 +757,61 @@ def test_the_size_of_micro_batches_changes_no_log_prob_value_or_score(world, rol
         scores = torch.tensor(ppo.ask_score_fn(model.score, rollout.replies))
         results.append([*ppo.read_without_gradient(actor, rollout, cfg), scores])
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*results))
+
+
+def test_a_reward_may_change_the_lists_that_it_gets(tmp_path):
+    """Messages of one prompt are shared by its replies, and by the whole run."""
+    messages = [{"role": "user", "content": "Hi"}]
+    line = ppo.Line([ppo.Reply("<user>Hi", "", True)], messages, {"prompt": messages})
+
+    def greedy(prompts, completions):
+        for prompt, completion in zip(prompts, completions):
+            prompt.extend(completion)
+        return [float(len(prompt)) for prompt in prompts]
+
+    score_fn = ppo.with_columns(greedy, {"prompts": [line], "demos": [], "preferences": []})
+    replies = [ppo.Reply("<user>Hi", text, True) for text in ("a", "b")]
+    assert ppo.ask_score_fn(score_fn, replies) == ppo.ask_score_fn(score_fn, replies)
+    assert messages == [{"role": "user", "content": "Hi"}]
+
+
+def test_a_reward_that_seeds_torch_changes_no_random_number_of_the_run():
+    def seeding(completions):
+        torch.manual_seed(0)
+        return [torch.rand(1).item() for _ in completions]
+
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    ppo.ask_score_fn(seeding, [ppo.Reply("a", "b", True)])
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_set_of_scores_is_refused():
+    with pytest.raises(ppo.UserError, match="it returned a set"):
+        ppo.ask_score_fn(lambda completions: {3.0, 1.0}, [ppo.Reply("a", text, True)
+                                                          for text in ("b", "c")])
+
+
+def test_pairs_that_a_reward_finds_equal_count_half(capsys):
+    """A reward that is never wrong and often undecided is better than a coin."""
+    replies = [ppo.Reply("q", text, True) for text in ("best", "good", "fair", "bad")]
+    data = ppo.Data({"validation": []}, [], [], [], [replies])
+    quality = ppo.reward_model_quality(
+        lambda completions: [float(text == "best") for text in completions], None, data,
+        ppo.Config())
+    assert quality["accuracy"] == pytest.approx((3 + 3 * 0.5) / 6)
+    assert "coin" not in capsys.readouterr().out
+
+
+def test_a_reward_model_reads_a_reply_to_its_end_and_no_further_than_its_positions(world):
+    """With a tokenizer of its own, a reply can have more tokens than --max_new_tokens."""
+    lm, tokenizer = world[1].lm, world[1].tokenizer
+    model = ppo.ActorCritic(lm, tokenizer, small_config("--max_new_tokens", "8"))
+    text = "walk " * 20
+    ids = tokenizer(text).input_ids
+    assert len(ids) > 8
+    _, _, reply_ids, mask = ppo.encode(model, [ppo.Reply("Hi", text, True)])
+    assert reply_ids[0].tolist() == [*ids, tokenizer.eos_token_id]
+    prompt_ids, _, reply_ids, _ = ppo.encode(model, [ppo.Reply("Hi", "walk " * 1000, True)])
+    assert prompt_ids.shape[1] + reply_ids.shape[1] == ppo.positions_of(lm)

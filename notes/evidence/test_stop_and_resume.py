@@ -524,3 +524,31 @@ def test_a_disk_that_is_full_when_a_stage_is_saved_leaves_no_half_model(run, tmp
     assert not (out / "sft").exists() and (out / "pretrain").exists()
     ppo.main(["--resume", str(out)])
     same_results(run, out)
+
+
+@pytest.mark.parametrize("changed", ["prompts.jsonl", "mine.py"])
+def test_a_run_is_not_resumed_with_other_data_or_another_reward(changed, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n')
+    (tmp_path / "mine.py").write_text("def f(completions):\n    return [1.0] * len(completions)\n")
+    (tmp_path / "run").mkdir()
+    cfg = ppo.Config(prompts=str(tmp_path / "prompts.jsonl"), reward=f"{tmp_path / 'mine.py'}:f",
+                     cycles=1, out=str(tmp_path / "run"))
+    assert [cycle for cycle, _ in ppo.cycles_to_do({}, [], cfg)] == [0]
+    cfg.resume, cfg.cycles = cfg.out, 1
+    assert [*ppo.cycles_to_do({}, [], cfg)] == []  # nothing is left to do
+    with open(tmp_path / changed, "a") as file:
+        file.write("\n")
+    with pytest.raises(ppo.UserError, match="the data or the reward have changed"):
+        [*ppo.cycles_to_do({}, [], cfg)]
+
+
+def test_a_run_is_resumed_by_any_spelling_of_its_folder(run):
+    for spelling in [f"{run}/", f"{run.parent}/./{run.name}"]:
+        cfg = ppo.parse_config(["--resume", spelling])
+        assert (cfg.resume, cfg.out) == (spelling, spelling)
+
+
+def test_the_command_to_go_on_is_quoted(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["ppo_rlhf.py"])
+    assert ppo.command(None, "--resume", "runs/my run") == \
+        "python ppo_rlhf.py --resume 'runs/my run'"
