@@ -636,3 +636,12 @@ def test_messages_whose_template_drops_the_question_are_refused(world):
             ([{"role": "stranger", "content": "Hello there"}], "leaves out the last message")]:
         with pytest.raises(ppo.UserError, match=complaint):
             ppo.render(messages, [""], tokenizer)
+
+
+def test_a_template_that_opens_the_reply_with_a_mark_renders_prompts(world):
+    """As DeepSeek-R1's: the prompt ends in <think>, and finished replies do not begin so."""
+    tokenizer = with_chat_template(copy.deepcopy(world[1].tokenizer))
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "add_generation_prompt %}<assistant>", "add_generation_prompt %}<assistant><think>")
+    line = ppo.parse_line('{"prompt": [{"role": "user", "content": "Hi"}]}', "prompts", tokenizer)
+    assert line.replies == [ppo.Reply("<user>Hi<assistant><think>", "", True)]

@@ -113,16 +113,18 @@ def test_an_error_of_the_reward_function_in_ppo_names_the_cycle(run, tmp_path):
         ppo.main([*TINY, *flags, "--out", str(tmp_path / "run")])
 
 
-@pytest.mark.parametrize("labels", [1, 3])
-def test_a_classifier_with_its_own_tokenizer_is_a_reward(world, labels, tmp_path):
-    """Its last label counts. Of a text that is too long it sees the end: there is the reply."""
+@pytest.mark.parametrize(("labels", "dtype"), [(1, torch.float32), (3, torch.bfloat16)])
+def test_a_classifier_with_its_own_tokenizer_is_a_reward(world, labels, dtype, tmp_path):
+    """Its last label counts. Of a text that is too long it sees the end: there is the reply.
+    It computes in float32, also if it was saved in bfloat16: there many replies score the same."""
     tokenizer = copy.deepcopy(world[0])
     tokenizer.model_max_length = 64
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_layer=1, n_embd=16, n_head=2,
                         num_labels=labels, pad_token_id=tokenizer.pad_token_id)
-    model = GPT2ForSequenceClassification(config).eval()
+    model = GPT2ForSequenceClassification(config).eval().to(dtype)
     model.save_pretrained(tmp_path / "judge")
+    model = model.float()
     tokenizer.save_pretrained(tmp_path / "judge")
     score_fn = ppo.load_reward(small_config("--reward", str(tmp_path / "judge")))
     replies = [ppo.Reply(prompt, text, True) for prompt, text in [

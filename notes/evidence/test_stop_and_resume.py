@@ -552,3 +552,13 @@ def test_the_command_to_go_on_is_quoted(monkeypatch):
     monkeypatch.setattr("sys.argv", ["ppo_rlhf.py"])
     assert ppo.command(None, "--resume", "runs/my run") == \
         "python ppo_rlhf.py --resume 'runs/my run'"
+
+
+def test_preferences_that_sft_imitated_cannot_be_exchanged(run, tmp_path):
+    copied = tmp_path / "run"
+    shutil.copytree(run, copied)
+    shutil.rmtree(copied / "reward_model")
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps(dict(config, preferences="p.jsonl")))
+    with pytest.raises(ppo.UserError, match="--preferences is p.jsonl"):
+        ppo.parse_config(["--init_from", str(copied), "--preferences", "q.jsonl"])

@@ -318,3 +318,10 @@ def test_the_help_names_every_flag_and_what_it_does(capsys):
     for name in vars(ppo.Config()):
         assert f"--{name} " in shown
     assert shown.count("(default: ") >= len(vars(ppo.Config())) - 10
+
+
+@pytest.mark.parametrize("argv", [["--prompts", ""], ["--resume", ""], ["--out="]])
+def test_an_empty_value_is_no_default(argv):
+    """It comes from a variable that is not set. Then the built-in world would be trained on."""
+    with pytest.raises(ppo.UserError, match="has an empty value"):
+        ppo.parse_config(argv)
