@@ -29,7 +29,7 @@ These are the workshop's functions that it calls:
     optimizer_step            one update on a loss: backward pass, limit to the gradient, AdamW
                               step; returns the loss and the metrics as numbers
     ask_score_fn              calls the reward function and checks what it returns
-    split                     divides prompts into train, validation, test
+    world_to_train_on         the prompts of the built-in world that may be trained on
     draw, draw_prompts        give a random batch of a list; the prompts of one cycle
     share, gather, moments    divide work among processes; collect it; mean and variance over all
     same_in_all_processes     copies a model's weights from the first process to the others
@@ -38,10 +38,9 @@ These are the workshop's functions that it calls:
     chunks, repeat_each       cut a list into pieces; repeat each of its items
     check_logits              stops the run if the model computes NaN
     reseed, say               set the random seed for one purpose; print
-From Part II it uses judge (the human), WORLD_PROMPTS, mean, validate, worth_keeping, and functions
-that compute, print and write metrics and X-rays. `cfg` holds all flags. PPO's own flags are in
-PPOConfig, at the end of section 1. Config (section 8) adds the others. Data (section 7) holds all
-texts.
+From Part II it uses judge (the human), mean, validate, worth_keeping, and functions that compute,
+print and write metrics and X-rays. `cfg` holds all flags. PPO's own flags are in PPOConfig, at the
+end of section 1. Config (section 8) adds the others. Data (section 7) holds all texts.
 
 LETTERS in the shape comments: B replies in the batch, T tokens of the longest reply, P tokens of
 the longest prompt, V words in the vocabulary. In formulas, V(s_t) is the value of a state. `mask`
@@ -176,8 +175,8 @@ def token_rewards(log_probs, ref_log_probs, scores, mask, kl_coef: float):
     it pi_old). Rewards are plain numbers; no gradient flows through them.
     E says that every deviation costs. This holds on average only: a token costs something if pi
     gives it more probability than the reference does, and earns something if pi gives it less.
-    Summed over a reply of pi, log pi - log pi_ref has a mean, called KL(pi || pi_ref). It is never
-    negative: on average a reply pays for its distance.
+    Sum log pi - log pi_ref over a reply. The mean of this sum, over replies that pi samples, is
+    KL(pi || pi_ref). It is never negative: on average a reply pays for its distance.
     Why pay for distance? The reward model learned from replies of SFT. A policy that goes far away
     from SFT can find nonsense that scores high, as the "hahaha" of article D (P1, P2).
 
@@ -289,7 +288,8 @@ def policy_loss(log_probs, old_log_probs, advantages, mask, clip_eps: float):
 
     Why the min? Take eps = 0.2, A = 1, rho = 0.5: the token should get more likely, and it has
     become less likely. The clipped term is 0.8, a constant: alone it would leave the mistake. The
-    min takes rho * A = 0.5, which brings the token back (with A = -1, rho = 1.5: -1.5, not -1.2).
+    min takes rho * A = 0.5, which brings the token back. Likewise, if A = -1 and rho = 1.5, the
+    clipped term is -1.2, and the min takes rho * A = -1.5.
 
     clip_fraction is the share of tokens whose gradient the clip has set to 0. The clip is a brake
     and not a wall: other tokens share the same weights and can push rho further.
@@ -585,13 +585,13 @@ def estimate_advantages(rollout: Rollout, cfg):
 
         sums = rollout.rewards.sum(dim=1)                                               # [B]
         same = (rollout.group[:, None] == rollout.group).float()                        # [B,B]
-        baseline = same @ sums / same.sum(dim=1)                                        # [B]
+        baseline = (same @ sums) / same.sum(dim=1)                                      # [B]
         advantages = torch.where(rollout.mask, (sums - baseline)[:, None], 0)           # [B,T]
         return advantages, advantages
 
     --replies_per_prompt 4 makes groups. With --vf_coef 0 nothing learns from the second result;
     value_loss and explained_variance mean nothing then. GRPO also divides by the group's standard
-    deviation; add a little to it against 0.
+    deviation, plus a small number: it may be 0.
     """
     return gae(rollout.rewards, rollout.values, rollout.mask, cfg.gamma, cfg.lam)
 
@@ -601,9 +601,9 @@ def actor_loss(log_probs, rollout: Rollout, cfg):
 
     KL in the loss would be added here: beta * masked_mean(0.5 * x ** 2, mask), with x = log_probs -
     rollout.ref_log_probs, set to 0 on padding. Its gradient is on average that of KL(pi || pi_ref).
-    `assign_rewards` must then pass 0 in place of cfg.kl_coef, or KL is paid twice (T6). x alone
-    would teach nothing: its gradient has the mean sum(pi * grad log pi) = sum(grad pi) = grad 1,
-    which is 0. GRPO takes exp(-x) - 1 + x, whose gradient is that of KL(pi_ref || pi).
+    `assign_rewards` must then pass 0 in place of cfg.kl_coef, or KL is paid twice (T6). Not x
+    itself: over tokens of pi its gradient has the mean 0, because probabilities always add up to 1.
+    GRPO takes exp(-x) - 1 + x, with the gradient of KL in the other direction, KL(pi_ref || pi).
     """
     return policy_loss(log_probs, rollout.log_probs, rollout.advantages, rollout.mask, cfg.clip_eps)
 
@@ -636,8 +636,8 @@ def update_policy(actor, optimizer, rollout: Rollout, cfg) -> dict[str, float]:
 
     The rollout was expensive, so it is used several times. But its tokens come from the old policy.
     The ratio corrects for that, and the clip keeps the new policy near the old one (T3).
-    Returns the metrics, averaged over all updates, except the last three. first_log_ratio, the mean
-    of |log rho|, is that of the first minibatch, before any update: 0, apart from rounding.
+    Returns metrics: means over all updates, except first_log_ratio, lr and explained_variance.
+    first_log_ratio is the mean of |log rho| before any update: it is 0, apart from rounding.
     """
     history = []
     for epoch in range(cfg.ppo_epochs):
@@ -660,8 +660,8 @@ def make_optimizer(actor, cfg):
     There is no weight decay. beta_2 and eps are not Adam's usual 0.999 and 1e-8. Adam's step is
     about lr * m / (sqrt(v) + eps), with running means m of the gradient and v of its square. Late
     in training most gradients are small, and a rare bad reply has a large one, g. Then m = 0.1 g
-    and v = (1 - beta_2) g^2. With 0.999 the step grows to 3.2 lr (it is 2 lr after 480 updates) and
-    harms other replies; with 0.95 it is 0.45 lr. With eps 1e-5, rounding noise moves little.
+    and v = (1 - beta_2) g^2. With 0.999 this makes a step of up to 3.2 lr, which harms other
+    replies; with 0.95 it is 0.45 lr. With eps 1e-5, rounding noise moves little.
     """
     groups = [{"params": actor.lm.parameters(), "lr": cfg.lr},
               {"params": actor.head.parameters(), "lr": 10 * cfg.lr}]
@@ -776,10 +776,9 @@ def label_rankings(sft, prompts: list[str], cfg, rng: random.Random, K: int = 4)
 
     The human is unsure: a reply's impression is its points plus some noise. The noise is such that
     reply i is preferred to reply j with probability sigmoid((points_i - points_j) / label_noise).
-    `ranking_loss` assumes the same. Gumbel noise does this: i comes before j if label_noise * (g_j
-    - g_i) < points_i - points_j, and the difference of two Gumbel numbers g is below x with
-    probability sigmoid(x). Only the order of the replies leaves this function. The reward model
-    never sees points.
+    `ranking_loss` assumes the same. Gumbel noise does this, because the difference of two Gumbel
+    numbers is below x with probability sigmoid(x). Only the order of the replies leaves this
+    function. The reward model never sees points.
     """
     rankings = []
     for replies in sample_groups(sft, rng.choices(prompts, k=cfg.rankings), K, cfg):
@@ -1090,7 +1089,7 @@ def evaluate(actor, reference, score_fn, prompts: list[str], N: int, cfg) -> lis
 
 
 def replies_each(batches: int, prompts: list[str], cfg) -> int:
-    """Replies to each prompt, so that all fill about `batches` batches. A spread needs two."""
+    """How many replies to each prompt make about `batches` batches. Two at least, for a spread."""
     return max(2, batches * cfg.batch_size // len(prompts))
 
 
@@ -1159,8 +1158,8 @@ def optimum(scores, log_ratios, kl_coef: float):
     So we need no training to know the optimum, only an estimate of Z. Replies of the reference
     alone give a bad one: the best replies are rare among them, but make most of Z. So half of the
     samples come from the trained policy. A sample then has the probability (pi + pi_ref) / 2, and
-    not pi_ref, so it is weighed by the quotient of both (importance sampling; with several sources,
-    the balance heuristic):
+    not pi_ref. So each term is divided by the quotient q of both (importance sampling; with several
+    sources, the balance heuristic):
 
     Z = mean over all samples of exp(r / beta) / q, with q = (pi + pi_ref) / 2 / pi_ref
 
@@ -1193,9 +1192,9 @@ def measure_optimum(policy, sft, log_ratios, kl_coef: float) -> dict[str, float]
     policy, sft: columns of their tables, name -> [prompts,N]. log_ratios [prompts,N]: log pi - log
     pi_ref of SFT's replies. The effective sample size of a prompt, 2N / mean(weights^2), says how
     many samples of equal weight would be as good. If the smallest is below 10, J* hangs on a few
-    samples. Then it is a rough value, too low if the best replies were missed, and no error and no
-    fraction is given. (If all of them were missed, the size does not show it.) There is no fraction
-    either if SFT reaches J* already, and no J* if beta is 0.
+    samples. Then J* is rough, and no error and no fraction is given. (If the best replies are
+    missing completely, J* is too low, and the size does not show it.) There is no fraction either
+    if SFT reaches J* already, and no J* if beta is 0.
     """
     nothing = {
         "objective": math.nan,
@@ -1222,8 +1221,9 @@ def measure_optimum(policy, sft, log_ratios, kl_coef: float) -> dict[str, float]
         fraction = gone / way
         # d fraction = d(gone / way) = (d gone - fraction * d way) / way
         #            = (dJ(PPO) - dJ(SFT) - fraction * (dJ* - dJ(SFT))) / way
-        # So its error is that of the mean of the terms below. J(PPO) and J(SFT) are means over half
-        # of the columns, and this mean goes over all, so these halves count double.
+        #            = (dJ(PPO) - (1 - fraction) * dJ(SFT) - fraction * dJ*) / way
+        # So its error is that of the mean of the terms below. This mean goes over 2N columns, and
+        # J(PPO) and J(SFT) over N of them, so their terms count double.
         terms = torch.cat([2 * policy["objective"], -2 * (1 - fraction) * sft["objective"]], dim=1)
         terms = (terms - fraction * kl_coef * weights) / way
         result["fraction"] = fraction
@@ -1390,8 +1390,8 @@ def one_line(text: str) -> str:
 
 
 # ---- The X-ray -----------------------------------------------------------------------------------
-# The X-ray keeps these functions of the article, even if you assign others to their names. (A new
-# td_residuals changes A_t and return all the same: gae calls it by its name.)
+# The X-ray keeps these functions of the article, even if you assign others to their names. One
+# exception: `gae` calls td_residuals by its name, so a new td_residuals changes A_t and return.
 article_rewards, article_residuals, article_gae = token_rewards, td_residuals, gae
 
 
@@ -1765,7 +1765,8 @@ def render(prompt, replies: list, tokenizer) -> tuple[list, str, list[str]]:
         check_messages(reply)
         conversations.append(reply)
     if not isinstance(prompt, list):
-        # It is a text, or None. The messages of the prompt begin the replies, or the text is all.
+        # It is a text, or None. Its messages are those before the reply; if there are none, the
+        # text is the only one.
         earlier = conversations[0][:-1]
         check(earlier or prompt is not None, "before a reply of the assistant the user must say "
               "something")
@@ -1808,7 +1809,8 @@ def common_prompt(texts: list[str]) -> str:
 
     Labels such as "Human:" tell who speaks. They begin a line, or follow a Chinese sentence. If the
     last label is not that of the first speaker, the prompt ends after it, as after "Assistant: ".
-    Otherwise it ends after a word or a Chinese sentence: "Human: Hi! How " of "Human: Hi! How a".
+    Otherwise it ends after a whole word or a Chinese sentence: it is "Human: Hi! How " if the
+    replies have "Human: Hi! How a" in common.
     """
     common = os.path.commonprefix(texts)
     labels = list(re.finditer(r"(?:^|[\n。！？])\s*(\w+)[:：] ?", common))
@@ -1884,7 +1886,8 @@ def positions_of(model) -> int:
 def shorten(lines: list[Line], model, cfg) -> list[Line]:
     """Cut what is too long. Prompts keep their end. Replies keep their beginning and get no EOS.
 
-    No line is left out here: `split` counts the prompts, and must always count the same ones.
+    No line is left out here. `split` goes by the place of a prompt, so one line less would move
+    prompts between training and test.
     """
     positions = positions_of(model.lm)
     check(cfg.max_new_tokens <= positions - 32,
@@ -1911,9 +1914,9 @@ def split(prompts) -> dict[str, list[str]]:
     """Of every eleven prompts one is for the test, one for validation, nine are to train on (L6).
 
     There are two held-out sets, because validation chooses the policy that is kept. Measured on the
-    same prompts, the result would look too good. The split is not random: with the same files,
-    --init_from cannot bring a test prompt into training. Neighbours are often alike, and this way
-    every kind of prompt loses the same share.
+    same prompts, the result would look too good. The split is not random, for two reasons. The same
+    files give the same split, so --init_from brings no test prompt into training. And neighbours
+    are often of one kind, so every kind loses the same share.
     """
     prompts = list(dict.fromkeys(prompts))
     train = [prompt for i, prompt in enumerate(prompts) if i % 11 not in (0, 5)]
