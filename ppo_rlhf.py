@@ -133,8 +133,7 @@ def generate(actor, prompt_ids, prompt_mask, max_new_tokens: int, eos_id: int, p
     prompt_ids, prompt_mask: [B,P], padded on the left, so that all replies start in one column.
     Returns reply_ids and mask [B,T], padded on the right, because replies grow to the right and end
     at different times. T is the longest reply. The first pass reads the prompt. The cache stores
-    what the model has computed for the tokens so far, so every later pass reads only the newest
-    one. (eos_id=-1, for tests and timings: no reply ends before the limit.)
+    what the model has computed so far, so every later pass reads only the newest token.
     """
     ids, cache = prompt_ids, None
     seen_mask = prompt_mask  # the real tokens of the prompt and the reply so far       # [B,P+t]
