@@ -4,7 +4,7 @@
     python ppo_rlhf.py            # pretraining, SFT, reward model, PPO, report; downloads nothing
     python ppo_rlhf.py --help     # every flag: what it does, often what happens when you turn it
 
-THE FOUR MODELS are small GPT-2s. The critic is a small network on top of the actor (T7).
+THE FOUR MODELS are made of small GPT-2s. The critic is a small network on top of the actor (T7).
     actor         pi      the policy that PPO trains                           ActorCritic.lm
     critic        V       predicts, at every token, the reward still to come   ActorCritic.head
     reference     pi_ref  a frozen copy of the SFT model                       frozen(sft)
@@ -168,7 +168,7 @@ def token_rewards(log_probs, ref_log_probs, scores, mask, kl_coef: float):
     """Token-level rewards [B,T], from log-probs [B,T] and the scores of whole replies [B].
 
     r_t = -beta * (log pi(a_t|s_t) - log pi_ref(a_t|s_t))        every token
-    r_T = the same + r_RM                                        the last real token
+    r_t = the same + r_RM                                        the last real token
 
     beta is E's k_kl, here `kl_coef`. pi is the policy that has just sampled the reply (step 6 calls
     it pi_old). Rewards are plain numbers; no gradient flows through them.
@@ -280,9 +280,9 @@ def policy_loss(log_probs, old_log_probs, advantages, mask, clip_eps: float):
 
     pi_old is the policy that sampled this batch. It is not the reference: the reference never
     changes, and pi_old changes in every cycle (T5). There are four cases (T4):
-        1. A > 0, rho <= 1+eps   the token gets more likely
+        1. A > 0, rho <= 1+eps   the gradient makes the token more likely
         2. A > 0, rho >  1+eps   it is far enough: the gradient is 0
-        3. A < 0, rho >= 1-eps   the token gets less likely
+        3. A < 0, rho >= 1-eps   the gradient makes the token less likely
         4. A < 0, rho <  1-eps   it is far enough: the gradient is 0
 
     Why the min? Take eps = 0.2, A = 1, rho = 0.5: the token should get more likely, and it has
@@ -755,7 +755,7 @@ def pretrain(actor, texts: list[Reply], cfg) -> ActorCritic:
 
 
 def finetune(pretrained, demos: list[Reply], cfg) -> ActorCritic:
-    """Stage 1: imitate demonstrations. Most are correct, and half are mechanical (D)."""
+    """Stage 1: imitate demonstrations. Most are correct, and nearly half are mechanical (D)."""
     actor = copy.deepcopy(pretrained)
     return train_supervised(actor, imitation_loss, demos, 16, cfg.sft_steps, cfg.sft_lr, "SFT", cfg)
 
@@ -921,7 +921,7 @@ KINDS = {
     "mechanical": ["list"],                # To feel less sad, you can do sports or sleep.
     "off_topic": ["off_topic"],            # A spider has eight legs.
     "dismissive": ["dismissive"]}          # Nobody cares.
-# How many of 100 texts are of each kind. Half of SFT's texts are mechanical, as D tells. But the
+# How many of 100 texts are of each kind. Nearly half of SFT's are mechanical, as D tells. But the
 # best kind must occur too: PPO can only strengthen replies that SFT gives sometimes.
 PRETRAIN_MIX = {
     "best": 8,
@@ -1615,6 +1615,7 @@ def encode(model, replies: list[Reply]):
     # A sampled reply can have more tokens when encoded again: with half a character at its end, or
     # if this is the reward model of another run, with a tokenizer of its own.
     room = positions_of(model.lm) - prompt_ids.shape[1]
+    check(room > 0, f"a prompt of {prompt_ids.shape[1]} tokens leaves a model no room for a reply")
     texts = [reply.text for reply in replies]
     sequences = []
     for reply, ids in zip(replies, model.tokenizer(texts, add_special_tokens=False).input_ids):
@@ -2184,7 +2185,8 @@ def with_columns(score_fn, own: dict[str, list[Line]]):
 
 def random_numbers_of_its_own():
     """Within this, somebody else may seed torch or draw from it, and we notice nothing."""
-    return torch.random.fork_rng(range(torch.cuda.device_count()))
+    used = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    return torch.random.fork_rng(used)  # of all GPUs, it would claim memory on each
 
 
 def ask_score_fn(score_fn, replies: list[Reply]) -> list[float]:
@@ -2474,6 +2476,7 @@ def same_in_all_processes(model):
 
 # ---- Steps ---------------------------------------------------------------------------------------
 WHERE = [""]  # what the run is doing now, for error messages
+NO_BAR = True if RANK > 0 else None  # for tqdm. None: a bar is shown only in a terminal
 
 
 def draw(examples: list, batch_size: int, rng: random.Random) -> list:
@@ -2531,8 +2534,7 @@ def check_logits(logits):
 
 def steps_to_do(stage: str, steps: int, cfg):
     """Count the steps of stages 0 to 2: a random stream for each."""
-    quiet = True if RANK > 0 else None  # None: only a terminal shows the bar
-    for step in tqdm(range(steps), stage, leave=False, disable=quiet):
+    for step in tqdm(range(steps), stage, leave=False, disable=NO_BAR):
         WHERE[0] = f" in {stage}, step {step + 1}"
         yield reseed(cfg, f"{stage} {step}")
     WHERE[0] = ""
@@ -2570,7 +2572,7 @@ def cycles_to_do(training: dict, log: list[dict], cfg):
             for name, part in training.items():
                 part.load_state_dict(state[name])
     bar = tqdm(range(first, cfg.cycles), "PPO", initial=first, total=cfg.cycles, leave=False,
-               disable=True if RANK > 0 else None)
+               disable=NO_BAR)
     with ctrl_c_waits() as pressed:
         for cycle in bar:
             WHERE[0] = f" in PPO, cycle {cycle + 1}"
