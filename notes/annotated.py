@@ -1,9 +1,10 @@
 """The script as a page to read: text on the left, code on the right, as in an annotated paper.
 
-    python notes/annotated.py                      # into runs/annotated/
+    python notes/annotated.py                      # after a change of the script
     python notes/annotated.py --out FOLDER
 
-It writes annotated.html and annotated.zh.html. Each is one file that needs no network. The text is
+It writes annotated.html and annotated.zh.html, which lie beside this program, so that one can open
+them at once and the guides can link to them. Each is one file that needs no network. The text is
 made of the docstrings and comments of ppo_rlhf.py. The code is the script's own, line by line, with
 its line numbers. Every function and class has an anchor with its name, such as #gae, and every id
 of the articles has one too, such as #S5.
@@ -880,7 +881,8 @@ def read_translations() -> dict[str, str]:
 def ids_of_guide(guide: Path) -> dict[str, tuple[str, str]]:
     """The guide's table of ids: id -> what the articles ask for, where the script does it."""
     found = {}
-    for line in guide.read_text(encoding="utf-8").split("\n"):
+    text = re.sub(r"\[([^\]]+)\]\(annotated[^)]*\)", r"\1", guide.read_text(encoding="utf-8"))
+    for line in text.split("\n"):
         columns = [column.strip() for column in line.strip("|").split("|")]
         if len(columns) == 4 and re.fullmatch(r"[SLTNPR]\d+", columns[0]):
             found[columns[0]] = (columns[1], columns[2])
@@ -1091,7 +1093,7 @@ def make_page(language: str, out: Path, source: str | None = None) -> str:
 def main(arguments=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default=str(HERE.parent / "runs" / "annotated"), metavar="FOLDER",
+    parser.add_argument("--out", default=str(HERE), metavar="FOLDER",
                         help="where the two pages go (default: runs/annotated)")
     out = Path(parser.parse_args(arguments).out)
     out.mkdir(parents=True, exist_ok=True)

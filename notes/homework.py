@@ -98,8 +98,8 @@ into the tensors that you are given. Losses and log-probs need a gradient: no `.
 `.detach()`. You may call the functions that are not empty, such as `masked_mean`. In shapes, B is
 replies, T tokens, V words in the vocabulary, N rankings, K replies in a ranking.
 
-Until you have solved everything, keep `homework_test.py`, the finished script (also as the page of
-`notes/annotated.py`) and `notes/staircase.md` closed: they contain the answers.
+Until you have solved everything, keep `homework_test.py`, the finished script (also as a page,
+`notes/annotated.html`) and `notes/staircase.md` closed: they contain the answers.
 
 # 作业：PPO（RLHF）的八个函数
 
@@ -133,8 +133,8 @@ Until you have solved everything, keep `homework_test.py`, the finished script (
 损失和对数概率要有梯度：不要用 `.item()` 和 `.detach()`。没有清空的函数可以调用，例如 `masked_mean`。形状里的 B 是回复数，T 是词元数，
 V 是词表大小，N 是排序数，K 是一个排序里的回复数。
 
-全部做完之前，请不要看 `homework_test.py`、完整的脚本和 `notes/staircase.md`，答案都在里面。公式的中文见 `notes/annotated.py`
-做出的网页，但代码就在旁边，看时请遮住右边。
+全部做完之前，请不要看 `homework_test.py`、完整的脚本和 `notes/staircase.md`，答案都在里面。公式的中文见网页
+`notes/annotated.zh.html`，但代码就在旁边，看时请遮住右边。
 """
 
 

@@ -4,8 +4,8 @@
 
 Nothing is trained. Steps 1 to 6 follow article E's four tokens, 天空 | 是 | 蔚蓝色 | 的. Parts 7 to
 13 are the examples of B, C and D. The numbers are small enough for paper and a pocket calculator;
-the column "by hand" shows the sum. notes/guide.md (Chinese: notes/guide.zh.md) explains the output
-part by part.
+the column "by hand" shows the sum. notes/walkthrough.md explains the output part by part, in English
+and in Chinese.
 
 There is one reply of four tokens, and one column of padding behind it, so all tensors are [1,5].
 The padding holds NaN: a result that depended on it would be NaN itself.

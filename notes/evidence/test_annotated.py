@@ -212,6 +212,12 @@ def test_every_function_class_and_id_has_one_anchor_and_every_link_a_target(page
             assert (out / target).resolve().is_file(), target
 
 
+@pytest.mark.parametrize("language", annotated.PAGES)
+def test_the_pages_beside_the_guides_are_those_of_the_present_script(language):
+    same = annotated.make_page(language, NOTES) == read(NOTES / annotated.PAGES[language])
+    assert same, "run `python notes/annotated.py` after a change of the script or the guides"
+
+
 def test_what_the_guides_name_has_an_anchor_and_their_links_lead_somewhere(out):
     anchors = {name: set(re.findall(r' id="([^"]+)"', read(out / name)))
                for name in annotated.PAGES.values()}
@@ -220,6 +226,8 @@ def test_what_the_guides_name_has_an_anchor_and_their_links_lead_somewhere(out):
         named = {span.removesuffix("()") for span in code_spans(read(guide))}
         named &= {*script.defined, *script.constants}
         assert len(named) > 60 and named <= anchors[annotated.PAGES[language]]
+        ids = annotated.ids_of_guide(guide)
+        assert all(f"]({annotated.PAGES[language]}#{name})" in read(guide) for name in ids)
     for file in PAGES:
         for name, anchor in re.findall(r"(annotated(?:\.zh)?\.html)#([\w.-]+)", read(file)):
             assert anchor in anchors[name], (file.name, anchor)
