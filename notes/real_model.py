@@ -99,11 +99,11 @@ def try_it(folder: Path):
     assert tokenizer.eos_token_id in reply, "the answer has no end"
 
 
-def main():
+def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where to save the model; must not exist")
-    folder = parser.parse_args().folder
+    folder = parser.parse_args(arguments).folder
     if folder.exists():
         stop(f"{folder} exists already; name a new folder")
     logging.set_verbosity_error()

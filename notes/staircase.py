@@ -532,7 +532,8 @@ def draw_panel(ax, results: list[dict], key: str, curve: str, page: str):
         ax.annotate(text, end, (1.04 if key == "stairs" else 1.07, height), "data", ax.transAxes,
                     color=STYLES[number][0], fontsize=15, fontweight=weight(page), va="center",
                     annotation_clip=False, arrowprops={"arrowstyle": "-", "lw": 0.9,
-                    "color": STYLES[number][0], "shrinkA": 1, "shrinkB": 1})
+                    "color": STYLES[number][0], "shrinkA": 1, "shrinkB": 1,
+                    "relpos": (0, 0.5)})  # from the left end of the name, else it crosses it
     ax.grid(alpha=0.25)
     ax.spines[["top", "right"]].set_visible(False)
     ax.tick_params(labelsize=12)
