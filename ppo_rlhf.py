@@ -121,7 +121,7 @@ def sample_tokens(logits, temperature: float = 1.0):
     cumulative = probabilities.cumsum(dim=-1)                                           # [B,V]
     point = torch.rand(len(logits), 1, dtype=torch.double, device=logits.device)        # [B,1]
     point = point * cumulative[:, -1:]  # the whole line has length 1, apart from rounding
-    # searchsorted finds the first token whose cumulative probability is above the point.
+    # searchsorted, right=True: the first token whose cumulative probability is above the point.
     return torch.searchsorted(cumulative, point, right=True).squeeze(-1)                # [B]
 
 
@@ -137,7 +137,7 @@ def generate(actor, prompt_ids, prompt_mask, max_new_tokens: int, eos_id: int, p
     """
     ids, cache = prompt_ids, None
     seen_mask = prompt_mask  # the real tokens of the prompt and the reply so far       # [B,P+t]
-    running = torch.ones_like(prompt_mask[:, 0])  # which replies have no EOS yet       # [B]
+    running = torch.ones_like(prompt_mask[:, 0])  # True: the reply has no EOS yet      # [B]
     reply_columns, mask_columns = [], []
     for _ in range(max_new_tokens):
         logits, cache = actor.next_token(ids, seen_mask, cache)                         # [B,V]
@@ -174,8 +174,8 @@ def token_rewards(log_probs, ref_log_probs, scores, mask, kl_coef: float):
     it pi_old). Rewards are plain numbers; no gradient flows through them.
     E says that every deviation costs. This holds on average only: a token costs something if pi
     gives it more probability than the reference does, and earns something if pi gives it less.
-    Sum log pi - log pi_ref over a reply. The mean of this sum, over replies that pi samples, is
-    KL(pi || pi_ref). It is never negative: on average a reply pays for its distance.
+    Add up log pi - log pi_ref over the tokens of a reply. Over many replies that pi samples, the
+    mean of this sum is KL(pi || pi_ref), which is never negative: on average a reply pays.
     Why pay for distance? The reward model learned from replies of SFT. A policy that goes far away
     from SFT can find nonsense that scores high, as the "hahaha" of article D (P1, P2).
 
@@ -195,7 +195,7 @@ def value_head(width: int) -> nn.Module:
     """A small network: hidden state -> one number. Critic and reward model each have one."""
     head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(),
                          nn.Linear(2 * width, 1))
-    # V begins at 0. This is the mean score of SFT's replies, see `normalize` in section 4 (N5).
+    # V begins at 0, because the mean score of SFT's replies is 0: see `normalize`, section 4 (N5).
     nn.init.zeros_(head[-1].weight)
     nn.init.zeros_(head[-1].bias)
     return head
@@ -242,7 +242,7 @@ def gae(rewards, values, mask, gamma: float, lam: float):
 
     lambda = 0   G_t = r_t + gamma * V(s_{t+1})      little noise, but as wrong as the critic (bias)
     lambda = 1   G_t = r_t + gamma * r_{t+1} + ...   the rewards that came; no bias, much noise
-    With lambda = 1 the later values in delta_t + gamma * delta_{t+1} + ... cancel (Monte Carlo).
+    With lambda = 1 each later V is in the sum once with + and once with -: it cancels (Monte Carlo).
     0.95 is a usual compromise (T2). The returns use these advantages, and not those that `whiten`
     (below) has scaled: the critic must learn in the unit of the rewards.
     """
@@ -286,9 +286,9 @@ def policy_loss(log_probs, old_log_probs, advantages, mask, clip_eps: float):
         4. A < 0, rho <  1-eps   it is far enough: the gradient is 0
 
     Why the min? Take eps = 0.2, A = 1, rho = 0.5: the token should get more likely, and it has
-    become less likely. The clipped term is 0.8, a constant: alone it would leave the mistake. The
-    min takes rho * A = 0.5, which brings the token back. Likewise, if A = -1 and rho = 1.5, the
-    clipped term is -1.2, and the min takes rho * A = -1.5.
+    become less likely. The clipped term is 0.8, a constant: its gradient is 0, and the mistake
+    would stay. The min takes rho * A = 0.5, which brings the token back. Likewise, if A = -1 and
+    rho = 1.5, the clipped term is -1.2, and the min takes rho * A = -1.5.
 
     clip_fraction is the share of tokens whose gradient the clip has set to 0. The clip is a brake
     and not a wall: other tokens share the same weights and can push rho further.
@@ -352,7 +352,7 @@ class PPOConfig:
         "epsilon, 0.1 to 0.3: how far the ratio moves from 1 before its gradient is 0. (S6, P3)"))
     vf_coef: float = HfArg(default=0.5, help=(
         "c_V, the weight of the value loss, 0.1 to 1. Only the critic learns from it. (S6)"))
-    ent_coef: float = HfArg(default=0.0, help=(
+    ent_coef: float = HfArg(default=0.001, help=(
         "The weight of the entropy, 0 to 0.02. Too high: the policy talks at random. (S6)"))
 
 
@@ -387,7 +387,7 @@ class HeadedModel(nn.Module):
         super().__init__()
         # eval() always, also in training: with dropout, ratio and KL would be noise (N8).
         self.lm = lm.eval()
-        hidden_width = lm.get_output_embeddings().weight.shape[1]  # the columns of this matrix
+        hidden_width = lm.get_output_embeddings().weight.shape[1]  # a matrix, V x width
         self.head = value_head(hidden_width)
         self.tokenizer = tokenizer
         self.cfg = cfg or Config()
@@ -439,7 +439,7 @@ class RewardModel(HeadedModel):
         """Scores [B]. `normalize` gives the scores of SFT's replies mean 0 and deviation 1."""
         ids = torch.cat([prompt_ids, reply_ids], dim=1)                                 # [B,P+T]
         mask = torch.cat([prompt_mask, reply_mask], dim=1)                              # [B,P+T]
-        # No logits are needed. 1 is the fewest that the library computes: 0 means all.
+        # No logits are needed. But logits_to_keep=0 would mean all of them, so it is 1.
         out = self.lm(input_ids=ids, attention_mask=mask.long(), position_ids=position_ids(mask),
                       output_hidden_states=True, use_cache=False, logits_to_keep=1)
         last = prompt_ids.shape[1] + reply_mask.sum(dim=1) - 1  # column -1 may be padding  # [B]
@@ -492,8 +492,8 @@ class Rollout:
         for name, x in vars(self).items():
             if torch.is_tensor(x):
                 setattr(selected, name, x[index])
-        rows = torch.arange(len(self), device=self.mask.device)[index].tolist()
-        selected.replies = [self.replies[row] for row in rows]
+        numbers = torch.arange(len(self), device=self.mask.device)  # to find out the rows of a slice
+        selected.replies = [self.replies[row] for row in numbers[index].tolist()]
         return selected
 
 
@@ -567,8 +567,8 @@ def collect_rollout(actor, reference, score_fn, prompts: list[str], cfg) -> Roll
 # ---- Four places where algorithms differ ---------------------------------------------------------
 # To try another algorithm, change one of these functions, or assign your own to its name from
 # outside: `ppo_rlhf.estimate_advantages = mine`. Each is called in one place. The first two get the
-# whole rollout, the others a minibatch. Report and validation do not use them, nor does the X-ray,
-# except in its column `A used`. So the policy that is kept is always chosen by r_RM - beta * KL.
+# whole rollout, the others a minibatch. Report and validation keep the article's functions, and so
+# does the X-ray: only its column `A used` shows yours. So r_RM - beta * KL always chooses the policy.
 
 def assign_rewards(rollout: Rollout, cfg):
     """Step 2 of a rollout -> [B,T]. A price for every token would be subtracted here."""
@@ -588,9 +588,9 @@ def estimate_advantages(rollout: Rollout, cfg):
         advantages = torch.where(rollout.mask, (sums - baseline)[:, None], 0)           # [B,T]
         return advantages, advantages
 
-    --replies_per_prompt 4 makes groups. With --vf_coef 0 nothing learns from the second result;
-    value_loss and explained_variance mean nothing then. GRPO also divides by the group's standard
-    deviation, plus a small number: it may be 0.
+    --replies_per_prompt 4 makes groups. With --vf_coef 0 the critic learns nothing; value_loss and
+    explained_variance mean nothing then. GRPO also divides by the group's standard deviation, plus
+    a small number, because the deviation may be 0.
     """
     return gae(rollout.rewards, rollout.values, rollout.mask, cfg.gamma, cfg.lam)
 
@@ -600,9 +600,9 @@ def actor_loss(log_probs, rollout: Rollout, cfg):
 
     KL in the loss would be added here: beta * masked_mean(0.5 * x ** 2, mask), with x = log_probs -
     rollout.ref_log_probs, set to 0 on padding. Its gradient is on average that of KL(pi || pi_ref).
-    `assign_rewards` must then pass 0 in place of cfg.kl_coef, or KL is paid twice (T6). Not x
-    itself: over tokens of pi its gradient has the mean 0, because probabilities always add up to 1.
-    GRPO takes exp(-x) - 1 + x, with the gradient of KL in the other direction, KL(pi_ref || pi).
+    `assign_rewards` must then pass 0 in place of cfg.kl_coef, or KL is paid twice (T6). The mean of
+    x has the right value and no use as a loss: over tokens of pi, the gradients of x cancel, because
+    probabilities always add up to 1. GRPO takes exp(-x) - 1 + x: the gradient of KL(pi_ref || pi).
     """
     return policy_loss(log_probs, rollout.log_probs, rollout.advantages, rollout.mask, cfg.clip_eps)
 
@@ -658,9 +658,9 @@ def make_optimizer(actor, cfg):
     The critic starts from nothing and should be ahead of the actor, so it learns ten times as fast.
     There is no weight decay. beta_2 and eps are not Adam's usual 0.999 and 1e-8. Adam's step is
     about lr * m / (sqrt(v) + eps), with running means m of the gradient and v of its square. Late
-    in training most gradients are small, and a rare bad reply has a large one, g. Then m = 0.1 g
-    and v = (1 - beta_2) g^2. With 0.999 this makes a step of up to 3.2 lr, which harms other
-    replies; with 0.95 it is 0.45 lr. With eps 1e-5, rounding noise moves little.
+    in training most gradients are small, and a rare bad reply has a large one, g. Then beta_1 = 0.9
+    gives m = 0.1 g, and v = (1 - beta_2) g^2. So beta_2 = 0.999 makes a step of up to 3.2 lr, which
+    harms other replies; 0.95 makes one of 0.45 lr. With eps 1e-5, rounding noise moves little.
     """
     groups = [{"params": actor.lm.parameters(), "lr": cfg.lr},
               {"params": actor.head.parameters(), "lr": 10 * cfg.lr}]
@@ -1156,9 +1156,9 @@ def optimum(scores, log_ratios, kl_coef: float):
 
     So we need no training to know the optimum, only an estimate of Z. Replies of the reference
     alone give a bad one: the best replies are rare among them, but make most of Z. So half of the
-    samples come from the trained policy. A sample then has the probability (pi + pi_ref) / 2, and
-    not pi_ref. So each term is divided by the quotient q of both (importance sampling; with several
-    sources, the balance heuristic):
+    samples come from the trained policy. A sample then has the probability (pi + pi_ref) / 2, which
+    is q times pi_ref. To make up for it, each term is divided by q (importance sampling; with
+    several sources, the balance heuristic):
 
     Z = mean over all samples of exp(r / beta) / q, with q = (pi + pi_ref) / 2 / pi_ref
 
@@ -1190,7 +1190,7 @@ def measure_optimum(policy, sft, log_ratios, kl_coef: float) -> dict[str, float]
 
     policy, sft: columns of their tables, name -> [prompts,N]. log_ratios [prompts,N]: log pi - log
     pi_ref of SFT's replies. The effective sample size of a prompt, 2N / mean(weights^2), says how
-    many samples of equal weight would be as good. If the smallest is below 10, J* hangs on a few
+    many samples of equal weight would be as good. If the smallest is below 10, J* depends on a few
     samples. Then J* is rough, and no error and no fraction is given. (If the best replies are
     missing completely, J* is too low, and the size does not show it.) There is no fraction either
     if SFT reaches J* already, and no J* if beta is 0.
@@ -1339,7 +1339,8 @@ def warn_if_constant(table: list[dict]):
     """Warn if the reward depends on nothing except whether a reply is finished."""
     ends = {line["finished"] for line in table}  # True, False or both
     outcomes = {(line["finished"], line["reward"]) for line in table}
-    if len(outcomes) == len(ends) and len(table) > 2 * len(ends):
+    one_reward_each = len(outcomes) == len(ends)
+    if one_reward_each and len(table) > 2 * len(ends):
         say("warning: the reward is the same for all replies, so PPO learns nothing from it")
 
 
@@ -1510,7 +1511,7 @@ def xray_lines(cycle: int, rollout: Rollout, extra: dict, tokenizer, cfg) -> lis
 #   approx_kl            to the old policy, per token, mean over the updates: below 0.1, and below
 #                        0.02 after the first cycles
 #   first_log_ratio      below 1e-5 in float32. If not, the old log-probs are wrong
-#   policy_loss          below 0 while the critic lags behind, later near 0. It says little
+#   policy_loss          below 0 while replies are better than the critic expects, later near 0
 #   value_loss           may rise in the first cycles, then falls
 #   explained_variance   rises from 0 while replies differ in quality. Once nearly all are good,
 #                        there is little left to explain, and it jumps about
@@ -1612,8 +1613,8 @@ def encode(model, replies: list[Reply]):
     reply ends with EOS, so the models learn to stop (N1).
     """
     prompt_ids, prompt_mask = encode_prompts(model, [reply.prompt for reply in replies])
-    # A sampled reply can have more tokens when encoded again: with half a character at its end, or
-    # if this is the reward model of another run, with a tokenizer of its own.
+    # A sampled reply can have more tokens when it is encoded again: if it ends within a character,
+    # or if this is the reward model of another run, which has a tokenizer of its own.
     room = positions_of(model.lm) - prompt_ids.shape[1]
     check(room > 0, f"a prompt of {prompt_ids.shape[1]} tokens leaves a model no room for a reply")
     texts = [reply.text for reply in replies]
@@ -1886,8 +1887,8 @@ def positions_of(model) -> int:
 def shorten(lines: list[Line], model, cfg) -> list[Line]:
     """Cut what is too long. Prompts keep their end. Replies keep their beginning and get no EOS.
 
-    No line is left out here. `split` goes by the place of a prompt, so one line less would move
-    prompts between training and test.
+    No line is left out here. `split` goes by the place of a prompt in the list. Without one line,
+    later prompts would move from training to test, or back.
     """
     positions = positions_of(model.lm)
     check(cfg.max_new_tokens <= positions - 32,
@@ -2186,7 +2187,7 @@ def with_columns(score_fn, own: dict[str, list[Line]]):
 def random_numbers_of_its_own():
     """Within this, somebody else may seed torch or draw from it, and we notice nothing."""
     used = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    return torch.random.fork_rng(used)  # of all GPUs, it would claim memory on each
+    return torch.random.fork_rng(used)  # without `used`: all GPUs, and memory on each
 
 
 def ask_score_fn(score_fn, replies: list[Reply]) -> list[float]:
@@ -2373,7 +2374,7 @@ def check_config(cfg: Config):
             ("batch_size", cfg.batch_size, "replies_per_prompt", cfg.replies_per_prompt * WORLD),
             ("batch_size", cfg.batch_size, "minibatches", cfg.minibatches * WORLD)]:
         check(value % count == 0,
-              f"--{name} {value} must be a multiple of {count} (--{part}, in each process)")
+              f"--{name} {value} must be a multiple of {count} (--{part}, times the processes)")
     check(cfg.reward != "human" or not (cfg.prompts or cfg.demos or cfg.preferences),
           "--reward human knows the built-in prompts only; for your own data leave it out, or name "
           "another --reward")

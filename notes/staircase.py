@@ -175,7 +175,7 @@ TRIALS = {
 def settings(run: str, cycles: int, seed: int, **changes):
     """The run's settings with these changes. With one validation, the last policy is kept."""
     flags = ["--init_from", run, "--seed", str(seed), "--cycles", str(cycles),
-             "--eval_every", str(cycles + 1)]
+             "--eval_every", str(cycles + 1), "--ent_coef", "0"]  # no rung has the entropy
     for name, value in changes.items():
         flags += [f"--{name}", str(value)]
     return ppo.parse_config(flags)
