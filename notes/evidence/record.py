@@ -1,0 +1,170 @@
+"""Records: what a command printed, and with what code, where and when. check_numbers.py uses it.
+
+A record is the file records/NAME.txt: a header of `key: value` lines, an empty line, the output.
+"""
+import ast
+import datetime
+import hashlib
+import importlib.metadata
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+FOLDER = "notes/evidence/records"
+KEYS = ["command", "date", "commit", "versions", "machine", "depends", "code"]
+
+
+# ==================================================================================================
+# What a file computes
+# ==================================================================================================
+def is_text(statement: ast.AST) -> bool:
+    """Is this statement only a text, such as a docstring?"""
+    if not isinstance(statement, ast.Expr) or not isinstance(statement.value, ast.Constant):
+        return False
+    return isinstance(statement.value.value, str)
+
+
+def shape(node) -> object:
+    """A part of a Python program as nested lists, without comments, docstrings and help texts.
+
+    ast.dump is not the same in all versions of Python: some leave empty fields out. So do we.
+    """
+    if isinstance(node, list):
+        return [shape(item) for item in node]
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    found = [type(node).__name__]
+    for name, value in ast.iter_fields(node):
+        if name == "body" and isinstance(value, list):
+            value = [item for item in value if not is_text(item)]
+        if name == "keywords":
+            value = [item for item in value if item.arg != "help"]
+        if value is not None and value != []:
+            found.append([name, shape(value)])
+    return found
+
+
+def code_hash(file: Path) -> str:
+    """A short hash of what a file computes. Raises FileNotFoundError, SyntaxError."""
+    content = file.read_bytes().replace(b"\r\n", b"\n")
+    if file.suffix == ".py":
+        content = repr(shape(ast.parse(content))).encode()
+    return hashlib.sha256(content).hexdigest()[:10]
+
+
+# ==================================================================================================
+# Writing and reading
+# ==================================================================================================
+def without_paths(text: str, root: Path) -> str:
+    """The text without paths and the name of this machine: relative paths, `python`, or RUN."""
+    text = text.replace(sys.executable, "python").replace(f"{root}/", "").replace(str(root), ".")
+    text = re.sub(r"(?<![\w.:/~-])/(?!dev/)[\w.+-]+(?:/[\w.+-]+)+/?", "RUN", text)
+    if platform.node():
+        text = re.sub(rf"\b{re.escape(platform.node())}\b", "HOST", text)
+    return text
+
+
+def machine() -> str:
+    """The name of the processor, and the number of cores."""
+    name = platform.machine()
+    file = Path("/proc/cpuinfo")
+    if file.exists() and (found := re.search(r"model name\s*: (.*)", file.read_text())):
+        name = found[1]
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def versions() -> str:
+    found = [f"Python {platform.python_version()}"]
+    for package in ["torch", "transformers", "numpy"]:
+        found.append(f"{package} {importlib.metadata.version(package)}")
+    return ", ".join(found)
+
+
+def commit(root: Path, files: list[str]) -> str:
+    """The commit, and whether one of the files has changed since."""
+    options = {"cwd": root, "capture_output": True, "text": True}
+    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], **options).stdout.strip()
+    changes = subprocess.run(["git", "status", "--porcelain", "--", *files], **options).stdout
+    return (head or "none") + (" and changes" if changes else "")
+
+
+def files_of(command: list[str], root: Path) -> list[str]:
+    """The script, and the Python files that a command names."""
+    files = ["ppo_rlhf.py"]
+    for file in re.findall(r"[\w./-]+\.py\b", " ".join(command).replace(f"{root}/", "")):
+        if file not in files and (root / file).is_file():
+            files.append(file)
+    return files
+
+
+def run(command: list[str], root: Path) -> str:
+    """Run a command and show what it prints -> what it printed. Raises SystemExit if it fails."""
+    words = [sys.executable if word == "python" else word for word in command]
+    printed = ""
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8"}
+    with subprocess.Popen(words, cwd=root, env=environment, stdout=subprocess.PIPE,
+                          encoding="utf-8") as process:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            printed += line
+    if process.returncode:
+        raise SystemExit(f"error: the command ended with {process.returncode}; no record is made")
+    return printed
+
+
+def write(name: str, command: list[str], depends: list[str], output: Path | None,
+          root: Path) -> Path:
+    """Run a command, or take what it printed from a file -> its record. Raises SystemExit."""
+    if not command:
+        raise SystemExit("error: the command is missing; write it at the end, behind --")
+    depends = depends or files_of(command, root)
+    for file in depends:
+        if not (root / file).is_file():
+            raise SystemExit(f"error: there is no file {file}")
+    hashes = [code_hash(root / file) for file in depends]  # before the run, which may take hours
+    at = commit(root, depends)
+    day = datetime.date.today()
+    if output is None:
+        printed = run(command, root)
+    else:
+        printed = output.read_text(encoding="utf-8")
+        day = datetime.date.fromtimestamp(output.stat().st_mtime)
+    values = [shlex.join(command), str(day), at, versions(), machine(), " ".join(depends),
+              " ".join(hashes)]
+    header = ""
+    for key, value in zip(KEYS, values):
+        header += f"{key}: {value}\n"
+    path = root / FOLDER / f"{name}.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(without_paths(f"{header}\n{printed}", root), encoding="utf-8")
+    return path
+
+
+def read(name: str, root: Path) -> tuple[str, list[str]]:
+    """A record's name -> what the command printed, and what is wrong with the record."""
+    path = root / FOLDER / f"{name}.txt"
+    if not path.exists():
+        return "", [f"there is no record {name}: make it with --record {name} -- COMMAND"]
+    head, _, printed = path.read_text(encoding="utf-8").partition("\n\n")
+    header = {}
+    for line in head.splitlines():
+        key, _, value = line.partition(": ")
+        header[key] = value
+    missing = [key for key in KEYS if not header.get(key)]
+    if missing:
+        return printed, [f"record {name}: the header lacks '{missing[0]}'"]
+    problems = []
+    files, hashes = header["depends"].split(), header["code"].split()
+    if len(files) != len(hashes):
+        return printed, [f"record {name}: 'depends' and 'code' have not the same length"]
+    for file, old in zip(files, hashes):
+        if not (root / file).is_file() or code_hash(root / file) != old:
+            problems.append(
+                f"record {name}: {file} has changed since. Make it anew: python notes/evidence/"
+                f"check_numbers.py --record {name} --depends {header['depends']} "
+                f"-- {header['command']}")
+    return printed, problems
