@@ -835,7 +835,8 @@ def draw(results, curves):
 # ======================================================================================================================
 # 6  The page
 # ======================================================================================================================
-INTRODUCTION = """# Experiments: what the articles claim, and what is seen here
+INTRODUCTION = """<!-- numbers: {source} -->
+# Experiments: what the articles claim, and what is seen here
 
 Made by `notes/experiments.py` from {runs} runs, {minutes:.0f} minutes on one thread in all. All variants start from the
 same SFT and reward model (one pair per seed, {seeds} seeds) and repeat only PPO, in 30 cycles. A variant is made of
@@ -861,7 +862,8 @@ may still hold for large ones.
 **Of which version.** {version}
 
 """
-# After new runs, say here of which version of the script they are. Then `write`.
+# After new runs, say here of which version of the script they are, and which record has them. Then `write`.
+SOURCE = "no record, 2026-11-22, measured with the versions of that day and before"
 VERSION = """All figures on this page are of the versions before the redesign of the script (November 22
 and older). No run has been repeated since. In these versions J* was estimated from 2,000 replies of the SFT model
 alone. This estimate is coarser than the present one, which takes half of the replies from the trained policy, and it
@@ -894,7 +896,7 @@ def page(results, records, figures):
     judgements = [[topic.ids, *row] for topic in TOPICS.values() for row in judged(topic, results)]
     yield INTRODUCTION.format(runs=len(records), seeds=len({record["seed"] for record in records}),
                               minutes=sum(record["seconds"] for record in records) / 60, predictions=len(judgements),
-                              version=VERSION)
+                              version=VERSION, source=SOURCE)
     counts = Counter(row[-1] for row in judgements)
     yield "## All verdicts\n\n" + ", ".join(f"{count} times {name}" for name, count in counts.most_common()) + ".\n\n"
     yield table(["ids", "expected", "difference", "verdict"], judgements)

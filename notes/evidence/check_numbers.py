@@ -18,11 +18,12 @@ A SOURCE is one of these. What stands in [brackets] may be left out.
     run: COMMAND                     a quick command, which is repeated now
     page FILE                        another page, which has a source for them
     tests test_NAME ... [NUMBERS]    tests assert them
-    arithmetic [NUMBERS] [(WHY)]     they follow from numbers beside them, or are settings, or quoted
+    arithmetic [NUMBERS] [(WHY)]     they follow from numbers beside them, are settings, or quoted
     no record [NUMBERS], DATE, WHY   measured on that day with an earlier version; the page says so
 With NUMBERS, a source explains these. Without, the last three explain all that the others do not.
-A comment holds until the next comment or heading. Below its own heading it also holds for sections
-of lower rank without a comment, but for `arithmetic`. Above the first heading it holds for the page.
+A comment holds until the next comment or heading. It also holds for sections of lower rank below
+it that have none, but without `arithmetic` and without NUMBERS. So a comment above the first
+heading holds for the whole page.
 
 Not checked: whole numbers below 10, dates, versions, seeds, links, headings, quotations (>), code.
 """
@@ -48,11 +49,13 @@ NOT_MEASURED = re.compile("|".join([
     r"^ {4}.*", r"^>.*", r"^\s*\d+\. ", r"`[^`\n]*`", r"\$[^$\n]+\$",  # code, quotations, formulas
     r"\]\([^)]*\)", r"https?://\S+", r"</?[a-z][^>\n]*>", r"#\d+",     # links, tags, issues
     rf"\b(?:{'|'.join(MONTHS)}) \d+", r"\d+ 月 \d+ 日", r"\b\d{4}-\d\d-\d\d",  # dates
-    r"\b(?:Python|torch|transformers|TRL|glibc|et al\.|arXiv) \d[\d.]*",       # versions, years
+    r"\b\d+\.\d+\.\d+\b", r"\b(?:Python|torch|transformers|TRL|glibc|et al\.|arXiv) \d[\d.]*",
     r"\b(?:sections?|questions?|exercises?|parts?|step|rungs?|experiments?|cycle|seeds?|appendix"
-    r"|FAQ|eq\.) \d[\d.]*(?:(?:, | to | and | or )\d+)*", r'"\d\.\d [^"]*"',   # references
+    r"|FAQ|eq\.) \d[\d.]*(?:(?:, | to | and | or )\d+)*", r'["“]\d\.\d[^"”]*["”]',   # references
     r"(?:第|问题|练习|种子|级) ?\d+(?:[、和]\d+)*"]), re.IGNORECASE)
-MEASURED = re.compile(r"\d\.\d|\d%|\d ?(?:(?:ms|s|seconds?|minutes?|GB|MB|times)\b|秒|分钟)")
+OWN = re.compile(r"arithmetic|(no record|tests.*?) [-+]?\d")  # sources of one section alone
+MEASURED = re.compile(
+    r"-?\d+\.\d+%?|\d+%|\d+ ?(?:(?:ms|s|seconds?|minutes?|GB|MB|times)\b|秒|分钟)")
 
 
 # ==================================================================================================
@@ -110,7 +113,8 @@ def parts_of(text: str) -> list[tuple[str, str, str]]:
             rank = len(heading[1])
             held = {above: comment for above, comment in held.items() if above < rank}
             above = held[max(held)] if held else ""
-            sources = [x for x in above.split("; ") if not re.match(r"arithmetic(?! -?\d)", x)]
+            sources = [source.strip() for source in above.split(";")]
+            sources = [source for source in sources if not OWN.match(source)]
             title = re.sub(r"<[^>]*>|`", "", heading[2]).strip()
             parts.append([title, "; ".join(sources), ""])
         elif line.startswith("\0"):
@@ -141,7 +145,7 @@ def read_source(text: str) -> dict:
 
 
 class Checker:
-    """Checks pages. `problems` has plain lines; `counts` says how many numbers have which source."""
+    """Checks pages. `problems` has plain lines, `counts` how many numbers have which source."""
 
     def __init__(self, root: Path):
         self.root = root

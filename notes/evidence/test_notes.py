@@ -369,8 +369,8 @@ def solutions():
 
 @pytest.mark.parametrize("name", ["faq.md", "exercises.md"])
 def test_every_command_of_the_questions_and_exercises_parses(name, run, solutions):
-    """Those in comments too: `<!-- run: COMMAND | NAME -->` says where a number comes from."""
-    text = re.sub(r"<!-- run: (.*?)(?: \|.*?)? -->", r"`\1`", read(NOTES / name))
+    """Those in comments too, which say where numbers come from: `<!-- numbers: run: COMMAND -->`."""
+    text = re.sub(r"\brun: (.*?)(?=;| -->)", r"`\1`", read(NOTES / name))
     commands = re.findall(r"python (ppo_rlhf|notes/exercises|notes/plot)\.py([^`\n#]*)", text)
     assert len(commands) >= 10
     for script, flags in commands:
