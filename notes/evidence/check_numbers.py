@@ -38,11 +38,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import record
+from record import agrees, numbers_in
 
 ROOT = Path(__file__).resolve().parents[2]
-DIGITS = r"(?<![A-Za-z0-9_.])(?<![A-Za-z]-)[+-]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?%?"
-PRINTED = re.compile(DIGITS)                               # in a record: 2.5s is one too
-NUMBER = re.compile(DIGITS + r"(?![A-Za-z0-9_]|\.\d)")     # in a page: 2.13.0 and 3D are none
 MONTHS = ("January February March April May June July August September October November "
           "December").split()
 NOT_MEASURED = re.compile("|".join([
@@ -56,41 +54,6 @@ NOT_MEASURED = re.compile("|".join([
 OWN = re.compile(r"arithmetic|(no record|tests.*?) [-+]?\d")  # sources of one section alone
 MEASURED = re.compile(
     r"-?\d+\.\d+%?|\d+%|\d+ ?(?:(?:ms|s|seconds?|minutes?|GB|MB|times)\b|秒|分钟)")
-
-
-# ==================================================================================================
-# Numbers
-# ==================================================================================================
-def numbers_in(text: str, pattern=NUMBER) -> list[str]:
-    found = pattern.findall(text.replace("−", "-"))
-    return [number.removeprefix("+") for number in found]
-
-
-def value(number: str) -> float:
-    return float(number.replace(",", "").rstrip("%"))
-
-
-def rounding(number: str) -> float:
-    """Half of the last digit that is printed: 0.005 for 0.99."""
-    digits, _, power = number.rstrip("%").partition("e")
-    places = len(digits.partition(".")[2])
-    return 0.5 * 10.0 ** (int(power or 0) - places)
-
-
-def agrees(number: str, printed: str, spread: str = "") -> bool:
-    """Is a number of a page one that was printed? 99.1% may be printed as 0.9912, 99.1% or 99.1."""
-    shown, percent = value(number), number.endswith("%")
-    allowed = rounding(number)
-    if spread.endswith("%"):
-        allowed = max(allowed, abs(shown) * value(spread) / 100)
-    elif spread:
-        allowed = max(allowed, value(spread) * (100 if percent else 1))
-    candidates = [value(printed)]
-    if percent and not printed.endswith("%"):
-        candidates.append(value(printed) * 100)
-    if not percent and printed.endswith("%"):
-        candidates = [value(printed) / 100]
-    return any(abs(shown - candidate) <= allowed + 1e-9 for candidate in candidates)
 
 
 # ==================================================================================================
@@ -179,7 +142,7 @@ class Checker:
             if done.returncode:
                 problems = [f"`{name}` ended with {done.returncode}"]
         self.problems += problems
-        self.printed[kind, name] = numbers_in(output, PRINTED)
+        self.printed[kind, name] = numbers_in(output, record.PRINTED)
         return self.printed[kind, name]
 
     def check_page(self, path: Path):

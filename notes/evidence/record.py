@@ -1,4 +1,4 @@
-"""Records: what a command printed, and with what code, where and when. check_numbers.py uses it.
+"""Records: what a command printed, and with what code, where and when. For check_numbers.py.
 
 A record is the file records/NAME.txt: a header of `key: value` lines, an empty line, the output.
 """
@@ -15,6 +15,9 @@ import sys
 from pathlib import Path
 
 FOLDER = "notes/evidence/records"
+DIGITS = r"(?<![A-Za-z0-9_.])(?<![A-Za-z]-)[+-]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?%?"
+PRINTED = re.compile(DIGITS)                               # in a record: 2.5s is one too
+NUMBER = re.compile(DIGITS + r"(?![A-Za-z0-9_]|\.\d)")     # in a page: 2.13.0 and 3D are none
 KEYS = ["command", "date", "commit", "versions", "machine", "depends", "code"]
 
 
@@ -168,3 +171,38 @@ def read(name: str, root: Path) -> tuple[str, list[str]]:
                 f"check_numbers.py --record {name} --depends {header['depends']} "
                 f"-- {header['command']}")
     return printed, problems
+
+
+# ==================================================================================================
+# Numbers of a page and numbers that were printed
+# ==================================================================================================
+def numbers_in(text: str, pattern=NUMBER) -> list[str]:
+    found = pattern.findall(text.replace("−", "-"))
+    return [number.removeprefix("+") for number in found]
+
+
+def value(number: str) -> float:
+    return float(number.replace(",", "").rstrip("%"))
+
+
+def rounding(number: str) -> float:
+    """Half of the last digit that is printed: 0.005 for 0.99."""
+    digits, _, power = number.rstrip("%").partition("e")
+    places = len(digits.partition(".")[2])
+    return 0.5 * 10.0 ** (int(power or 0) - places)
+
+
+def agrees(number: str, printed: str, spread: str = "") -> bool:
+    """Is a number of a page one that was printed? 99.1% may be printed as 0.9912, 99.1% or 99.1."""
+    shown, percent = value(number), number.endswith("%")
+    allowed = rounding(number)
+    if spread.endswith("%"):
+        allowed = max(allowed, abs(shown) * value(spread) / 100)
+    elif spread:
+        allowed = max(allowed, value(spread) * (100 if percent else 1))
+    candidates = [value(printed)]
+    if percent and not printed.endswith("%"):
+        candidates.append(value(printed) * 100)
+    if not percent and printed.endswith("%"):
+        candidates = [value(printed) / 100]
+    return any(abs(shown - candidate) <= allowed + 1e-9 for candidate in candidates)

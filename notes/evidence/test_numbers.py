@@ -59,7 +59,7 @@ def check(root, capsys, page):
     ("no record, 2026-11-22, an old version", "11 月 22 日测得 0.7。"),
     ("first", "```text\n0.9912\n```\n```python\nx = 0.123\n```\n\n    python x.py --lr 0.123\n"),
     ("first", "`--lr 0.123`, $x = 0.123$, torch 2.13.0, Python 3.10, TRL 1.12, seed 42, "
-              "November 25\n> quoted: 0.123\n\n[exercise 12](a0.123.md), see section 4.12, GPT-2, trl #491"),
+              "November 25\n> quoted: 0.123\n\n[exercise 12](a0.123.md), section 4.12, GPT-2, trl #491"),
     ("first", "| | share |\n|---|---|\n| SFT | 0.99 |"),
 ])
 def test_a_number_with_its_source_passes(source, text, root, capsys):
