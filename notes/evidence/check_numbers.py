@@ -23,7 +23,7 @@ A SOURCE is one of these. What stands in [brackets] may be left out.
 With NUMBERS, a source explains these. Without, the last three explain all that the others do not.
 A comment holds until the next comment or heading. It also holds for sections of lower rank below
 it that have none, but without `arithmetic` and without NUMBERS. So a comment above the first
-heading holds for the whole page.
+heading holds for the whole page. A section that adds to it begins its own comment with `above;`.
 
 Not checked: whole numbers below 10, dates, versions, seeds, links, headings, quotations (>), code.
 """
@@ -51,6 +51,7 @@ NOT_MEASURED = re.compile("|".join([
     r"\b(?:sections?|questions?|exercises?|parts?|step|rungs?|experiments?|cycle|seeds?|appendix"
     r"|FAQ|eq\.) \d[\d.]*(?:(?:, | to | and | or )\d+)*", r'["“]\d\.\d[^"”]*["”]',   # references
     r"(?:第|问题|练习|种子|级) ?\d+(?:[、和]\d+)*"]), re.IGNORECASE)
+LOOKED_UP = ["records", "commands", "pages"]
 OWN = re.compile(r"arithmetic|(no record|tests.*?) [-+]?\d")  # sources of one section alone
 MEASURED = re.compile(
     r"-?\d+\.\d+%?|\d+%|\d+ ?(?:(?:ms|s|seconds?|minutes?|GB|MB|times)\b|秒|分钟)")
@@ -66,7 +67,7 @@ def parts_of(text: str) -> list[tuple[str, str, str]]:
     text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
     parts = [["", "", ""]]
     held = {}  # rank of a heading -> the comment below it
-    rank, fence = 0, ""
+    rank, fence, above = 0, "", ""
     for line in text.split("\n"):
         if line.startswith("```"):
             fence = "" if fence else line
@@ -74,15 +75,14 @@ def parts_of(text: str) -> list[tuple[str, str, str]]:
             parts[-1][2] += f"{line}\n" if fence == "```text" else ""
         elif heading := re.match(r"(#+) (.*)", line):
             rank = len(heading[1])
-            held = {above: comment for above, comment in held.items() if above < rank}
-            above = held[max(held)] if held else ""
-            sources = [source.strip() for source in above.split(";")]
-            sources = [source for source in sources if not OWN.match(source)]
+            held = {higher: comment for higher, comment in held.items() if higher < rank}
+            sources = [source.strip() for source in held[max(held)].split(";")] if held else []
+            above = "; ".join(source for source in sources if not OWN.match(source))
             title = re.sub(r"<[^>]*>|`", "", heading[2]).strip()
-            parts.append([title, "; ".join(sources), ""])
+            parts.append([title, above, ""])
         elif line.startswith("\0"):
-            held[rank] = line[1:]
-            parts.append([parts[-1][0], line[1:], ""])
+            held[rank] = re.sub(r"^above\b", above or "above", line[1:])
+            parts.append([parts[-1][0], held[rank], ""])
         else:
             parts[-1][2] += NOT_MEASURED.sub(" ", line) + "\n"
     return [tuple(part) for part in parts]
@@ -90,7 +90,7 @@ def parts_of(text: str) -> list[tuple[str, str, str]]:
 
 def read_source(text: str) -> dict:
     """One source of a comment: its kind, and what belongs to it. Raises ValueError."""
-    number = r"[-+]?\d[^ ,;]*"
+    number = r"[-+]?\d(?:[^ ,;]|,\d)*"
     if found := re.fullmatch(r"run: (.+)", text):
         return {"kind": "repeated", "commands": [found[1]], "numbers": []}
     if found := re.fullmatch(r"page (\S+)", text):
@@ -181,7 +181,10 @@ class Checker:
                 self.problems.append(f"{place}: {number}: not found in: {comment}")
 
     def check_source(self, place: str, source: dict, page: str):
-        """Does the test exist? Does the page say of which day its numbers are?"""
+        """Do record, page or test exist? Does the page say of which day its numbers are?"""
+        for kind in LOOKED_UP:
+            for name in source.get(kind, []):
+                self.numbers_of(kind, name)
         for name in source.get("tests", []):
             if f"def {name}(" not in self.tests:
                 self.problems.append(f"{place}: there is no test {name}")
@@ -198,7 +201,7 @@ class Checker:
             if number in source["numbers"]:
                 return source["kind"]
         for source in sources:
-            for kind in ["records", "commands", "pages"]:
+            for kind in LOOKED_UP:
                 for name in source.get(kind, []):
                     for printed in self.numbers_of(kind, name):
                         if agrees(number, printed, source.get("spread", "")):
@@ -230,7 +233,8 @@ def main(words: list[str] | None = None, root: Path = ROOT) -> int:
     parser.add_argument("--from", dest="output", type=Path, metavar="FILE")
     args = parser.parse_args(words)
     if args.record:
-        print(record.write(args.record, command, args.depends, args.output, root))
+        path = record.write(args.record, command, args.depends, args.output, root)
+        print(f"made {path.relative_to(root).as_posix()}")
         return 0
     checker = Checker(root)
     pages = [page.resolve() for page in args.pages] or pages_of(root)

@@ -123,6 +123,16 @@ def test_a_comment_holds_for_the_sections_below_unless_it_is_arithmetic(
     assert bool(below) != inherited, lines
 
 
+def test_a_section_can_add_to_the_comment_above_it(root, capsys):
+    page = ("<!-- numbers: first -->\n# Title\n## One\n<!-- numbers: above; arithmetic 0.1 -->\n"
+            "0.1 0.9912 0.3\n## Two\n0.1\n")
+    code, lines = check(root, capsys, page)
+    assert lines == ['README.md, "One": 0.3: not found in: first; arithmetic 0.1',
+                     'README.md, "Two": 0.1: not found in: first']
+    code, lines = check(root, capsys, "# Title\n<!-- numbers: above; arithmetic 0.1 -->\n0.1\n")
+    assert code == 1 and "there is no record above" in lines[0]
+
+
 def test_a_comment_ends_at_the_next_one_and_at_a_heading_of_its_rank(root, capsys):
     page = ("# Title\n## One\n<!-- numbers: arithmetic -->\n0.1\n\n<!-- numbers: first -->\n0.2\n"
             "## Two\n0.3\n")
