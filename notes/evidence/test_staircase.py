@@ -23,11 +23,12 @@ LAST = len(staircase.RUNGS) - 1
 # ==================================================================================================
 # The rungs
 # ==================================================================================================
-def test_the_last_rung_is_the_script_bit_for_bit(run):
+def test_the_last_rung_is_the_script_without_entropy_bit_for_bit(run):
     assert not staircase.RUNGS[LAST].settings and not staircase.RUNGS[LAST].functions
     cfg = staircase.settings(str(run), 1, 3)
     actor, log, score_fn = staircase.learn(staircase.RUNGS[LAST], staircase.TRIALS["stairs"], cfg)
-    plain = ppo.parse_config(["--init_from", str(run), "--cycles", "1", "--seed", "3"])
+    plain = ppo.parse_config(["--init_from", str(run), "--cycles", "1", "--seed", "3",
+                              "--ent_coef", "0"])
     own = staircase.load("sft", plain)
     prompts = ppo.split(ppo.WORLD_PROMPTS)
     own_log = ppo.train_ppo(own, ppo.frozen(own), score_fn, prompts, plain)
