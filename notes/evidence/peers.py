@@ -674,12 +674,12 @@ def show_differences(title: str, differences: dict):
 
 
 def draw_figure(record: dict, path: Path):
-    """Fraction over replies, and over CPU seconds: the median line, and the range of the seeds."""
+    """What is missing, over replies and over CPU seconds: median line, and range of the seeds."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True)
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 5), sharey=True)
     for program, (_, title) in PROGRAMS.items():
         lines = curves(record, program)
         if not lines:
@@ -687,24 +687,26 @@ def draw_figure(record: dict, path: Path):
         by_cycle = list(zip(*lines))  # the points of all seeds after the same cycle
         replies = [0] + [points[0]["replies"] for points in by_cycle]
         seconds = [0] + [median(p["cpu_seconds"] for p in points) for points in by_cycle]
-        middle, low, high = [0.0], [0.0], [0.0]
+        middle, low, high = [1.0], [1.0], [1.0]
         for points in by_cycle:
-            fractions = [fraction(record, point) for point in points]
-            middle.append(median(fractions))
-            low.append(min(fractions))
-            high.append(max(fractions))
+            missing = [1 - fraction(record, point) for point in points]
+            middle.append(median(missing))
+            low.append(min(missing))
+            high.append(max(missing))
         for axis, x in zip(axes, [replies, seconds]):
             [drawn] = axis.plot(x, middle, marker="o", markersize=3, label=title)
-            axis.fill_between(x, low, high, color=drawn.get_color(), alpha=0.15, linewidth=0)
+            axis.fill_between(x, low, high, color=drawn.get_color(), alpha=0.12, linewidth=0)
     for axis, label in zip(axes, ["replies", "CPU seconds, one thread"]):
-        axis.axhline(1.0, color="black", linewidth=0.8, linestyle=":")
+        axis.set_yscale("log")
+        axis.set_yticks([1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005])
+        axis.yaxis.set_major_formatter(lambda y, position: f"{y:.1%}")
+        axis.yaxis.set_minor_formatter("")
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
-        axis.set_ylim(0.0, 1.05)
-    axes[0].set_ylabel("fraction of the way from SFT to J*")
-    axes[1].legend(loc="lower right")
+    axes[0].set_ylabel("missing of the way from SFT to J*")
+    axes[1].legend(loc="upper right")
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=100)
 
 
 def main():
