@@ -1217,6 +1217,20 @@ def test_the_xray_shows_the_numbers_of_the_formulas():
         assert len(lines) == len(tokens)
 
 
+def test_the_ratio_of_the_xray_is_new_over_old():
+    """The reference plays the policy that wrote the replies, and the actor the updated one."""
+    actor, reference, score_fn, _, _ = of_letters()
+    cfg = letter_config(max_new_tokens=3)
+    torch.manual_seed(4)
+    rollout = ppo.sample_and_score(reference, reference, score_fn, PROMPTS * 3, cfg)
+    found = ppo.ratios(actor, rollout, cfg)
+    for row, tokens in enumerate(tokens_of(rollout)):
+        new = bare_log_probs(actor, PROMPTS[row % 2], tokens, cfg.temperature)
+        old = bare_log_probs(reference, PROMPTS[row % 2], tokens, cfg.temperature)
+        for t in range(len(tokens)):
+            assert found[row, t].item() == pytest.approx(math.exp(new[t] - old[t]), rel=1e-4)
+
+
 # ---- report.json and what is printed -------------------------------------------------------------
 def test_every_number_of_the_report_is_that_of_the_saved_models(run, tmp_path, capsys):
     """The saved models answer the test prompts again, with the same random numbers."""
