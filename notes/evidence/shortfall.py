@@ -1,6 +1,6 @@
 """What keeps a finished run from the optimum: a few bad replies, or something in all replies?
 
-    python notes/evidence/shortfall.py RUN [RUN ...]        # about ten seconds for each run
+    python notes/evidence/shortfall.py RUN [RUN ...]        # about a minute for each run
 
 At the optimum r - beta * (log pi - log pi_ref) is the same number for every reply to a prompt. A
 reply is called bad here if its number is more than 0.5 below the median of its prompt. The
