@@ -77,8 +77,8 @@ from pathlib import Path
 from statistics import pstdev
 from typing import NamedTuple
 
-# torch's threads wait for each other in a busy loop. Beside other programs this costs much time, so
-# the loop is made short. The variable has an effect only if it is set before torch is imported.
+# A thread of torch that waits for another one keeps its processor busy. Other programs then have to
+# wait. So this waiting is made short. The variable must be set before torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
@@ -144,7 +144,7 @@ def generate(actor, prompt_ids, prompt_mask, max_new_tokens: int, eos_id: int, p
         tokens = sample_tokens(logits, temperature)                                     # [B]
         tokens = torch.where(running, tokens, pad_id)
         reply_columns.append(tokens)
-        mask_columns.append(running)  # EOS itself is a real token: the policy chose it
+        mask_columns.append(running)  # before `running` changes: EOS itself is a real token
         seen_mask = torch.cat([seen_mask, running.unsqueeze(1)], dim=1)
         running = running & (tokens != eos_id)
         if not running.any():
@@ -242,9 +242,9 @@ def gae(rewards, values, mask, gamma: float, lam: float):
 
     lambda = 0   G_t = r_t + gamma * V(s_{t+1})      little noise, but as wrong as the critic (bias)
     lambda = 1   G_t = r_t + gamma * r_{t+1} + ...   the rewards that came; no bias, much noise
-    With lambda = 1 each later V is in the sum once with + and once with -: it cancels (Monte Carlo).
-    0.95 is a usual compromise (T2). The returns use these advantages, and not those that `whiten`
-    (below) has scaled: the critic must learn in the unit of the rewards.
+    With lambda = 1 each later V comes twice, + in one delta and - in the next: it cancels.
+    0.95 is a usual compromise (T2). E calls G_t the real return. Here the critic's guess is part of
+    it. G_t is made before `whiten` (below) scales A_t: the critic learns in the rewards' unit.
     """
     deltas = td_residuals(rewards, values, mask, gamma)                                 # [B,T]
     advantages = torch.zeros_like(deltas)
@@ -320,7 +320,7 @@ def entropy(logits):
 @dataclass
 class PPOConfig:
     """What can be changed in PPO, with usual ranges. HfArg declares a flag; cfg.lr is a number.
-    Config (section 8) adds the other flags. RANGES there lists the flags that may be 0."""
+    Config (section 8) adds the other flags. A flag that may be 0 must be added to RANGES there."""
 
     cycles: int = HfArg(default=60, help=(
         "How often PPO runs Phase I and Phase II. 20 are enough to see the idea. (L1)"))
@@ -390,7 +390,7 @@ class HeadedModel(nn.Module):
         hidden_width = lm.get_output_embeddings().weight.shape[1]  # a matrix, V x width
         self.head = value_head(hidden_width)
         self.tokenizer = tokenizer
-        self.cfg = cfg or Config()
+        self.cfg = cfg or Config()  # all flags (section 8)
         self.to(self.cfg.device)
 
 
@@ -492,7 +492,7 @@ class Rollout:
         for name, x in vars(self).items():
             if torch.is_tensor(x):
                 setattr(selected, name, x[index])
-        numbers = torch.arange(len(self), device=self.mask.device)  # to find out the rows of a slice
+        numbers = torch.arange(len(self), device=self.mask.device)  # the rows of a slice, too
         selected.replies = [self.replies[row] for row in numbers[index].tolist()]
         return selected
 
@@ -567,8 +567,8 @@ def collect_rollout(actor, reference, score_fn, prompts: list[str], cfg) -> Roll
 # ---- Four places where algorithms differ ---------------------------------------------------------
 # To try another algorithm, change one of these functions, or assign your own to its name from
 # outside: `ppo_rlhf.estimate_advantages = mine`. Each is called in one place. The first two get the
-# whole rollout, the others a minibatch. Report and validation keep the article's functions, and so
-# does the X-ray: only its column `A used` shows yours. So r_RM - beta * KL always chooses the policy.
+# whole rollout, the others a minibatch. Report, validation and X-ray do not call them: r_RM -
+# beta * KL measures every variant, and chooses the policy. `A used` in xray.jsonl shows yours.
 
 def assign_rewards(rollout: Rollout, cfg):
     """Step 2 of a rollout -> [B,T]. A price for every token would be subtracted here."""
@@ -589,8 +589,8 @@ def estimate_advantages(rollout: Rollout, cfg):
         return advantages, advantages
 
     --replies_per_prompt 4 makes groups. With --vf_coef 0 the critic learns nothing; value_loss and
-    explained_variance mean nothing then. GRPO also divides by the group's standard deviation, plus
-    a small number, because the deviation may be 0.
+    explained_variance mean nothing then. GRPO also divides sums - baseline by the group's standard
+    deviation + 1e-4: deviation = (same @ (sums - baseline) ** 2 / same.sum(dim=1)).sqrt()
     """
     return gae(rollout.rewards, rollout.values, rollout.mask, cfg.gamma, cfg.lam)
 
@@ -600,9 +600,9 @@ def actor_loss(log_probs, rollout: Rollout, cfg):
 
     KL in the loss would be added here: beta * masked_mean(0.5 * x ** 2, mask), with x = log_probs -
     rollout.ref_log_probs, set to 0 on padding. Its gradient is on average that of KL(pi || pi_ref).
-    `assign_rewards` must then pass 0 in place of cfg.kl_coef, or KL is paid twice (T6). The mean of
-    x has the right value and no use as a loss: over tokens of pi, the gradients of x cancel, because
-    probabilities always add up to 1. GRPO takes exp(-x) - 1 + x: the gradient of KL(pi_ref || pi).
+    `assign_rewards` must then pass 0 in place of cfg.kl_coef, or KL is paid twice (T6). Do not take
+    the mean of x. Its value is the KL, but its gradient is 0 on average, because probabilities add
+    up to 1. GRPO takes the mean of exp(-x) - 1 + x. Its gradient is that of KL(pi_ref || pi).
     """
     return policy_loss(log_probs, rollout.log_probs, rollout.advantages, rollout.mask, cfg.clip_eps)
 
@@ -615,7 +615,7 @@ def critic_loss(values, rollout: Rollout, cfg):
 # ---- Phase II: learn from the data, step 6 -------------------------------------------------------
 def ppo_loss(actor, rollout: Rollout, cfg):
     """L = C_clip + c_V * C_V - c_ent * H of a minibatch -> loss, number of tokens, metrics.
-    If memory is small, `optimizer_step` takes it in pieces, weighed by their numbers of tokens."""
+    If memory is small, `optimizer_step` takes it in pieces, weighted by their numbers of tokens."""
     log_probs, values, logits = read_replies(actor, rollout, cfg.temperature)
     pg_loss, clip_fraction = actor_loss(log_probs, rollout, cfg)                 # C_clip
     v_loss = critic_loss(values, rollout, cfg)                                   # C_V
@@ -642,6 +642,7 @@ def update_policy(actor, optimizer, rollout: Rollout, cfg) -> dict[str, float]:
     for epoch in range(cfg.ppo_epochs):
         order = torch.randperm(len(rollout), device=rollout.mask.device)
         for index in order.chunk(cfg.minibatches):
+            # optimizer_step (section 9): backward pass, limit to the gradient, AdamW's step
             metrics = optimizer_step(actor, optimizer, ppo_loss, rollout[index], cfg)
             history.append(metrics)
     metrics = column_means(history)
@@ -656,11 +657,10 @@ def make_optimizer(actor, cfg):
     """AdamW for actor and critic. Their learning rates fall to 0 over the run.
 
     The critic starts from nothing and should be ahead of the actor, so it learns ten times as fast.
-    There is no weight decay. beta_2 and eps are not Adam's usual 0.999 and 1e-8. Adam's step is
-    about lr * m / (sqrt(v) + eps), with running means m of the gradient and v of its square. Late
-    in training most gradients are small, and a rare bad reply has a large one, g. Then beta_1 = 0.9
-    gives m = 0.1 g, and v = (1 - beta_2) g^2. So beta_2 = 0.999 makes a step of up to 3.2 lr, which
-    harms other replies; 0.95 makes one of 0.45 lr. With eps 1e-5, rounding noise moves little.
+    There is no weight decay. beta_2 and eps are not Adam's usual 0.999 and 1e-8. Late in training
+    most gradients are near 0, until a rare bad reply brings a large one, g. Adam's step is then
+    lr * 0.1 * g / sqrt((1 - beta_2) * g^2). With 0.999 this is 3.2 lr, which harms other replies;
+    with 0.95 it is 0.45 lr. With eps 1e-5, rounding noise moves little.
     """
     groups = [{"params": actor.lm.parameters(), "lr": cfg.lr},
               {"params": actor.head.parameters(), "lr": 10 * cfg.lr}]
@@ -984,8 +984,8 @@ def judge(reply: Reply) -> dict[str, float]:
     warm       1 point: an opener with the user's word, or a friendly closing
     honest     1 point: the reply has the user's word and no word of another prompt
     harmless   the reply is not dismissive; a dismissive reply loses 2 points
-    A reply loses 1 point if it repeats three words in a row, and 1 point if it does not end. The
-    best reply has 4 points. For prompts from elsewhere all is NaN: this human has no opinion.
+    A reply loses 1 point if the same three words in a row come twice, and 1 point if it does not
+    end. The best reply has 4 points. For prompts from elsewhere all is NaN: no opinion.
     """
     if reply.prompt not in WORLD_PROMPTS:
         return dict.fromkeys(["helpful", "warm", "honest", "harmless", "human"], math.nan)
@@ -1118,9 +1118,9 @@ def worth_keeping(objectives: list[float], log: list[dict]) -> bool:
 def distance_from_old(log_probs, rollout: Rollout) -> dict:
     """How far the new log-probs [B,T] are from pi_old's, per token: two columns of metrics.csv.
 
-    KL(pi_old || pi) is the mean of -log rho over tokens that pi_old drew. approx_kl adds rho - 1.
-    On average this is 0, because sum(pi_old * rho) = sum(pi_old * pi / pi_old) = sum(pi) = 1. And
-    it makes every term at least 0, because rho - 1 >= log rho.
+    KL(pi_old || pi) is the mean of -log rho over tokens that pi_old drew. approx_kl is the mean of
+    -log rho + (rho - 1). The mean of rho - 1 is 0, because sum(pi_old * rho) = sum(pi_old * pi /
+    pi_old) = sum(pi) = 1. But with it every single term is at least 0: rho - 1 >= log rho.
     """
     log_rho = torch.where(rollout.mask, log_probs - rollout.log_probs, 0).detach()      # [B,T]
     return {
@@ -1156,9 +1156,9 @@ def optimum(scores, log_ratios, kl_coef: float):
 
     So we need no training to know the optimum, only an estimate of Z. Replies of the reference
     alone give a bad one: the best replies are rare among them, but make most of Z. So half of the
-    samples come from the trained policy. A sample then has the probability (pi + pi_ref) / 2, which
-    is q times pi_ref. To make up for it, each term is divided by q (importance sampling; with
-    several sources, the balance heuristic):
+    samples come from the trained policy. A reply is then drawn with the probability (pi + pi_ref) /
+    2. The mean over the reference needs pi_ref. So each term is divided by q, the first probability
+    over the second (importance sampling; with several sources, the balance heuristic):
 
     Z = mean over all samples of exp(r / beta) / q, with q = (pi + pi_ref) / 2 / pi_ref
 
@@ -1191,9 +1191,9 @@ def measure_optimum(policy, sft, log_ratios, kl_coef: float) -> dict[str, float]
     policy, sft: columns of their tables, name -> [prompts,N]. log_ratios [prompts,N]: log pi - log
     pi_ref of SFT's replies. The effective sample size of a prompt, 2N / mean(weights^2), says how
     many samples of equal weight would be as good. If the smallest is below 10, J* depends on a few
-    samples. Then J* is rough, and no error and no fraction is given. (If the best replies are
-    missing completely, J* is too low, and the size does not show it.) There is no fraction either
-    if SFT reaches J* already, and no J* if beta is 0.
+    samples. Then J* is rough, and no error and no fraction is given. (A large size is no proof: if
+    no sample at all is among the best replies, J* is too low.) There is no fraction either if SFT
+    reaches J* already, and no J* if beta is 0.
     """
     nothing = {
         "objective": math.nan,
@@ -1221,8 +1221,8 @@ def measure_optimum(policy, sft, log_ratios, kl_coef: float) -> dict[str, float]
         # d fraction = d(gone / way) = (d gone - fraction * d way) / way
         #            = (dJ(PPO) - dJ(SFT) - fraction * (dJ* - dJ(SFT))) / way
         #            = (dJ(PPO) - (1 - fraction) * dJ(SFT) - fraction * dJ*) / way
-        # So its error is that of the mean of the terms below. This mean goes over 2N columns, and
-        # J(PPO) and J(SFT) over N of them, so their terms count double.
+        # So its error is that of the mean of the terms below. standard_error takes a mean over 2N
+        # columns. J(PPO) and J(SFT) are means over N of them, so their terms get the factor 2.
         terms = torch.cat([2 * policy["objective"], -2 * (1 - fraction) * sft["objective"]], dim=1)
         terms = (terms - fraction * kl_coef * weights) / way
         result["fraction"] = fraction
@@ -1288,10 +1288,10 @@ def compare_models(models: dict, score_fn, prompts: list[str], cfg) -> tuple[dic
 def reward_model_quality(score_fn, sft, data: Data, cfg) -> dict[str, float]:
     """How well a reward agrees with the human, on prompts that no stage has seen (P1).
 
-    accuracy: share of the pairs of replies to a prompt that both order alike. Pairs that the human
-    finds equal do not count; pairs that the reward finds equal count half. correlation: Pearson's r
-    of the two scores. It is NaN for your own data, where rankings tell an order and no points.
-    Without rankings and human, both are NaN.
+    accuracy: the share of pairs of replies of which reward and human prefer the same one. Pairs
+    that the human finds equal do not count; pairs that the reward finds equal count half.
+    correlation: Pearson's r of the two scores. It is NaN for your own data, where rankings tell an
+    order and no points. Without rankings and human, both are NaN.
     """
     reseed(cfg, "reward model quality")
     groups = data.held_out
@@ -2488,8 +2488,8 @@ def draw(examples: list, batch_size: int, rng: random.Random) -> list:
 def draw_prompts(prompts: list[str], rng: random.Random, cfg) -> list[str]:
     """The prompts of one cycle, each repeated replies_per_prompt times; this process's share.
 
-    A prompt may be drawn twice. Then its replies make one larger group, or a group in each process
-    if the draws fall into two processes. The replies of one draw are never divided.
+    A prompt may be drawn twice. Then its replies make one larger group. With several processes the
+    two draws may go to different ones, and make two groups. One draw's replies are never divided.
     """
     drawn = rng.choices(prompts, k=cfg.batch_size // cfg.replies_per_prompt)
     return repeat_each(share(drawn), cfg.replies_per_prompt)
@@ -2500,8 +2500,9 @@ def optimizer_step(model, optimizer, loss_fn, batch, cfg) -> dict[str, float]:
 
     The batch may be divided into micro batches and among processes. The update is the same, up to
     rounding (R1, R2): loss_fn(model, part, cfg) -> (mean loss of the part, count, metrics), and the
-    gradient of each part is weighed by its count, which is the number of its tokens (in stage 2 of
+    gradient of each part is weighted by its count, which is the number of its tokens (in stage 2 of
     its rankings). A plain mean of the parts would favour the tokens of a part with short replies.
+    The limit holds for all gradients together: a large value loss also shortens the actor's.
     """
     optimizer.zero_grad()
     total, sums = 0.0, {}
