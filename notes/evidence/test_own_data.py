@@ -329,12 +329,19 @@ def test_only_the_last_message_of_a_long_conversation_is_the_reply(flag, line, p
     assert read.replies == [ppo.Reply(prompt, text, True) for text in texts]
 
 
+def test_a_reply_of_messages_is_without_its_prompt_also_beside_a_line_of_plain_text(chat, tmp_path):
+    lines = [{"messages": [HI, YES]}, {"prompt": "How are you?", "completion": " Fine."}]
+    read = read_jsonl(tmp_path, "demos", *lines, tokenizer=chat)
+    assert [line.replies[0].text for line in read] == ["Yes.<eos>", " Fine."]
+
+
 @pytest.mark.parametrize("flag, line, why", [
     ("preferences", {"chosen": [HI, YES], "rejected": [user("Ho"), NO]}, "different conversations"),
     ("preferences", {"prompt": [HI], "chosen": [YES], "rejected": [user("Ho"), NO]}, "different"),
     ("preferences", {"prompt": "Ho", "chosen": [HI, YES], "rejected": [HI, NO]}, "different"),
     ("demos", {"messages": [HI]}, "assistant"), ("demos", {"messages": [YES]}, "user"),
     ("demos", {"messages": [HI, YES, user("Bye.")]}, "assistant"),
+    ("demos", {"messages": [HI, user("Bye.")]}, "its last message is not of the assistant"),
     ("demos", {"messages": []}, "empty|message"),
     ("demos", {"prompt": [HI], "completion": []}, "empty|message"),
     ("demos", {"messages": "Hello there friend"}, "message"),
