@@ -178,6 +178,7 @@ def test_without_a_common_beginning_the_prompt_is_empty_and_not_in_all_lines(tmp
      "\n\nHuman: Hi\n\nAssistant: A: no\n\nHuman: Ho\n\nAssistant: "),
     (["What is it? A dog.", "What is it? A door."], "What is it? A "),
     (["Human: Hi! How are you?", "Human: Hi! How about it?"], "Human: Hi! How "),  # of one speaker
+    (["Two lines.\nHow are you?", "Two lines.\nHow about it?"], "Two lines.\nHow "),
     (["Yes.", "Yellow."], "")])
 def test_the_common_beginning_ends_at_the_last_role_else_after_a_word_or_a_chinese_sentence(
         texts, prompt, tmp_path):
