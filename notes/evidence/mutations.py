@@ -774,7 +774,7 @@ BUGS = [
      '                part.load_state_dict(state[name]) if name != "schedule" else None'),
     ("resume: best policy not restored",
      "                part.load_state_dict(state[name])",
-     '                part.load_state_dict(state[name]) if name != "best" else None'),
+     '                part.load_state_dict(state[name]) if name != "kept" else None'),
     ("resume: log not restored",
      '            log += state["log"]\n', ""),
     ("resume: the last cycle once more",
