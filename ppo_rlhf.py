@@ -659,8 +659,8 @@ def make_optimizer(actor, cfg):
     The critic starts from nothing and should be ahead of the actor, so it learns ten times as fast.
     There is no weight decay. beta_2 and eps are not Adam's usual 0.999 and 1e-8. Late in training
     most gradients are near 0, until a rare bad reply brings a large one, g. Adam's step is then
-    lr * 0.1 * g / sqrt((1 - beta_2) * g^2). With 0.999 this is 3.2 lr, which harms other replies;
-    with 0.95 it is 0.45 lr. With eps 1e-5, rounding noise moves little.
+    lr * (1 - beta_1) * g / sqrt((1 - beta_2) * g^2), and beta_1 is 0.9. With beta_2 = 0.999 this is
+    3.2 lr, which harms other replies; with 0.95 it is 0.45 lr. eps 1e-5 damps rounding noise.
     """
     groups = [{"params": actor.lm.parameters(), "lr": cfg.lr},
               {"params": actor.head.parameters(), "lr": 10 * cfg.lr}]
@@ -985,7 +985,7 @@ def judge(reply: Reply) -> dict[str, float]:
     honest     1 point: the reply has the user's word and no word of another prompt
     harmless   the reply is not dismissive; a dismissive reply loses 2 points
     A reply loses 1 point if the same three words in a row come twice, and 1 point if it does not
-    end. The best reply has 4 points. For prompts from elsewhere all is NaN: no opinion.
+    end. The best reply has 4 points. For prompts from elsewhere all numbers are NaN.
     """
     if reply.prompt not in WORLD_PROMPTS:
         return dict.fromkeys(["helpful", "warm", "honest", "harmless", "human"], math.nan)
@@ -1156,8 +1156,8 @@ def optimum(scores, log_ratios, kl_coef: float):
 
     So we need no training to know the optimum, only an estimate of Z. Replies of the reference
     alone give a bad one: the best replies are rare among them, but make most of Z. So half of the
-    samples come from the trained policy. A reply is then drawn with the probability (pi + pi_ref) /
-    2. The mean over the reference needs pi_ref. So each term is divided by q, the first probability
+    samples come from the trained policy. A reply is then drawn with probability (pi + pi_ref) / 2.
+    The mean over the reference needs pi_ref. So each term is divided by q, the first probability
     over the second (importance sampling; with several sources, the balance heuristic):
 
     Z = mean over all samples of exp(r / beta) / q, with q = (pi + pi_ref) / 2 / pi_ref
@@ -1288,10 +1288,10 @@ def compare_models(models: dict, score_fn, prompts: list[str], cfg) -> tuple[dic
 def reward_model_quality(score_fn, sft, data: Data, cfg) -> dict[str, float]:
     """How well a reward agrees with the human, on prompts that no stage has seen (P1).
 
-    accuracy: the share of pairs of replies of which reward and human prefer the same one. Pairs
-    that the human finds equal do not count; pairs that the reward finds equal count half.
-    correlation: Pearson's r of the two scores. It is NaN for your own data, where rankings tell an
-    order and no points. Without rankings and human, both are NaN.
+    accuracy: of the pairs of replies to one prompt, the share where reward and human prefer the
+    same one. Pairs that the human finds equal do not count; pairs that the reward finds equal count
+    half. correlation: Pearson's r of the two scores. It is NaN for your own data, where rankings
+    tell an order and no points. Without rankings and human, both are NaN.
     """
     reseed(cfg, "reward model quality")
     groups = data.held_out
