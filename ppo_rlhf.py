@@ -114,15 +114,15 @@ def sample_tokens(logits, temperature: float = 1.0):
 
     a_t ~ pi(. | s_t) = softmax(logits / temperature)
 
-    The probabilities cut a line into pieces, and a random point on the line falls into one of them.
-    torch.multinomial does the same with V random numbers per token, and takes much longer.
+    The probabilities cut a line into pieces, and a random point falls into one. Sums over a large
+    vocabulary need `double`. torch.multinomial is slower: it draws V random numbers per token.
     """
     probabilities = (logits.double() / temperature).softmax(dim=-1)                     # [B,V]
     cumulative = probabilities.cumsum(dim=-1)                                           # [B,V]
     point = torch.rand(len(logits), 1, dtype=torch.double, device=logits.device)        # [B,1]
     point = point * cumulative[:, -1:]  # the whole line has length 1, apart from rounding
-    # searchsorted, right=True: the first token whose cumulative probability is above the point.
-    return torch.searchsorted(cumulative, point, right=True).squeeze(-1)                # [B]
+    # Tokens count from 0: if 3 pieces end before the point, it lies in the piece of token 3.
+    return (cumulative <= point).sum(dim=-1)                                            # [B]
 
 
 @torch.no_grad()
@@ -184,9 +184,9 @@ def token_rewards(log_probs, ref_log_probs, scores, mask, kl_coef: float):
     The rewards of a reply add up to r_RM - beta * (log pi - log pi_ref, summed over its tokens).
     """
     kl = torch.where(mask, log_probs - ref_log_probs, 0)                                # [B,T]
-    last = mask.sum(dim=1, keepdim=True) - 1  # column of the last real token           # [B,1]
-    column = torch.arange(mask.shape[1], device=mask.device)                            # [T]
-    score_at_end = torch.where(column == last, scores.unsqueeze(1), 0)                  # [B,T]
+    score_at_end = torch.zeros_like(kl)                                                 # [B,T]
+    last = mask.sum(dim=1) - 1  # column of the last real token of each reply           # [B]
+    score_at_end[torch.arange(len(mask)), last] = scores
     return -kl_coef * kl + score_at_end
 
 
@@ -487,14 +487,14 @@ class Rollout:
         return len(self.mask)
 
     def __getitem__(self, index) -> Rollout:
-        """A smaller rollout. index: which rows, as a slice or as a tensor of their numbers."""
-        selected = copy.copy(self)
-        for name, x in vars(self).items():
-            if torch.is_tensor(x):
-                setattr(selected, name, x[index])
-        numbers = torch.arange(len(self), device=self.mask.device)  # the rows of a slice, too
-        selected.replies = [self.replies[row] for row in numbers[index].tolist()]
-        return selected
+        """Some rows as a smaller rollout. index: row numbers in a tensor, or a slice such as 0:8."""
+        part = copy.copy(self)
+        for name, value in vars(self).items():
+            if torch.is_tensor(value):
+                setattr(part, name, value[index])
+        rows = torch.arange(len(self), device=self.mask.device)[index]  # a list needs row numbers
+        part.replies = [self.replies[row] for row in rows.tolist()]
+        return part
 
 
 # ---- Phase I: collect data, steps 1 to 5 ---------------------------------------------------------
@@ -641,9 +641,9 @@ def update_policy(actor, optimizer, rollout: Rollout, cfg) -> dict[str, float]:
     history = []
     for epoch in range(cfg.ppo_epochs):
         order = torch.randperm(len(rollout), device=rollout.mask.device)
-        for index in order.chunk(cfg.minibatches):
+        for rows in order.chunk(cfg.minibatches):  # the shuffled row numbers, in equal parts
             # optimizer_step (section 9): backward pass, limit to the gradient, AdamW's step
-            metrics = optimizer_step(actor, optimizer, ppo_loss, rollout[index], cfg)
+            metrics = optimizer_step(actor, optimizer, ppo_loss, rollout[rows], cfg)
             history.append(metrics)
     metrics = column_means(history)
     metrics["first_log_ratio"] = history[0]["first_log_ratio"]
@@ -1167,11 +1167,12 @@ def optimum(scores, log_ratios, kl_coef: float):
     that mean, each divided by Z, so their mean is 1.
     """
     scores, log_ratios = scores.double(), log_ratios.double()
-    # q = (pi / pi_ref + 1) / 2, and pi / pi_ref = exp(log_ratio)
+    # In logarithms, because exp(r / beta) may overflow. q = (exp(log_ratio) + exp(0)) / 2
     log_q = torch.logaddexp(log_ratios, torch.zeros_like(log_ratios)) - math.log(2)
     log_terms = scores / kl_coef - log_q                                              # [prompts,2N]
     log_z = log_terms.logsumexp(dim=1) - math.log(scores.shape[1])                      # [prompts]
-    return kl_coef * log_z, (log_terms - log_z.unsqueeze(1)).exp()
+    weights = (log_terms - log_z.unsqueeze(1)).exp()                                  # [prompts,2N]
+    return kl_coef * log_z, weights
 
 
 def standard_error(terms) -> float:

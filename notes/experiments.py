@@ -4,6 +4,7 @@
     python notes/experiments.py run                # every variant and seed not done yet; stop it and go on at will
     python notes/experiments.py run beta lam_0     # only some topics or variants
     python notes/experiments.py write              # the results -> notes/experiments.md and notes/figures/
+    python notes/experiments.py show               # prints the results of every run, and the tables made of them
 
 A variant is an entry of the table in section 2: flags, and functions of ppo_rlhf.py that are replaced by those of
 section 1. Each run is a process of its own, on one thread, and repeats only PPO, in 30 cycles. The claims are typed in,
@@ -538,12 +539,12 @@ expect    lr_x10 fraction < default; lr_x10 swing > default; lr_x0.1 fraction < 
 note      The defaults are {usual.batch_size} and {usual.lr}; SFT's rate is {usual.sft_lr}. A larger batch costs more
           samples per cycle; swing falls with it anyway, being that of its mean. In the figures, what is below -2 is
           drawn as -2.""")
-topic("entropy", "S6", "Entropy bonus", {f"entropy_{c}": v(f"--ent_coef {c}") for c in ("0.01", "0.1")}, """
+topic("entropy", "S6", "Entropy bonus", {f"entropy_{c}": v(f"--ent_coef {c}") for c in ("0.01", "0.1")}, f"""
 claim     A, B: entropy keeps the model creative; if it is low, all replies are the same.
 beside    sft default
 measures  fraction human kl entropy
 expect    entropy_0.01 entropy > default; entropy_0.01 fraction = default; entropy_0.1 fraction < default
-note      The default is 0. The KL term wants variety too, where SFT has it.""")
+note      The default is {usual.ent_coef}. The KL term wants variety too, where SFT has it.""")
 topic("aggregation", "T8", "Mean over tokens or over replies", {"by_sequence": v(masked_mean=by_sequence)}, """
 claim     C: how the loss is aggregated can change results significantly.
 measures  fraction early kl length
@@ -727,6 +728,25 @@ def load(folder):
     return results, curves, records
 
 
+def summary(folder):
+    """What the page needs of the runs: a line with totals, then one for every variant and seed, in five digits."""
+    results, _, records = load(folder)
+    minutes = sum(record["seconds"] for record in records) / 60
+    yield {"runs": len(records), "seeds": len({record["seed"] for record in records}), "minutes": round(minutes)}
+    for name, runs in results.items():
+        for seed in sorted(runs):
+            yield {"name": name, "seed": seed, **{measure: float(f"{x:.5g}") for measure, x in runs[seed].items()
+                                                  if measure in MEASURES and x is not None and x == x}}
+
+
+def results_of(lines):
+    """The lines of `summary` without the first -> {variant: {seed: measures}}"""
+    results = {}
+    for line in lines:
+        results.setdefault(line["name"], {})[line["seed"]] = line
+    return results
+
+
 def seeds_of(results, name, measure):
     """{seed: value}; without NaN, and without what was not measured."""
     runs = results.get(name, {})
@@ -838,7 +858,7 @@ def draw(results, curves):
 INTRODUCTION = """<!-- numbers: {source} -->
 # Experiments: what the articles claim, and what is seen here
 
-Made by `notes/experiments.py` from {runs} runs, {minutes:.0f} minutes on one thread in all. All variants start from the
+Made by `notes/experiments.py` from {runs} runs, {minutes} minutes on one thread in all. All variants start from the
 same SFT and reward model (one pair per seed, {seeds} seeds) and repeat only PPO, in 30 cycles. A variant is made of
 flags, or of replacements for functions of `ppo_rlhf.py`; section 2 of `notes/experiments.py` is the table of them.
 First, once:
@@ -892,11 +912,10 @@ def judged(topic, results):
         yield [f"{measure} of {name} {SIGNS[sign]} {other}", found, f"**{verdict(gap, sign, least)}**"]
 
 
-def page(results, records, figures):
+def page(lines, figures):
+    totals, results = lines[0], results_of(lines[1:])
     judgements = [[topic.ids, *row] for topic in TOPICS.values() for row in judged(topic, results)]
-    yield INTRODUCTION.format(runs=len(records), seeds=len({record["seed"] for record in records}),
-                              minutes=sum(record["seconds"] for record in records) / 60, predictions=len(judgements),
-                              version=VERSION, source=SOURCE)
+    yield INTRODUCTION.format(predictions=len(judgements), version=VERSION, source=SOURCE, **totals)
     counts = Counter(row[-1] for row in judgements)
     yield "## All verdicts\n\n" + ", ".join(f"{count} times {name}" for name, count in counts.most_common()) + ".\n\n"
     yield table(["ids", "expected", "difference", "verdict"], judgements)
@@ -915,7 +934,7 @@ def page(results, records, figures):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["base", "run", "write"])
+    parser.add_argument("command", choices=["base", "run", "write", "show"])
     parser.add_argument("names", nargs="*", help="for run: topics or variants; all, if none is named")
     parser.add_argument("--folder", type=Path, default=Path("runs/experiments"), help="where runs and results are kept")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
@@ -926,9 +945,13 @@ def main():
         parser.error(f"unknown: {', '.join(unknown)}; topics: {', '.join(TOPICS)}; variants: {', '.join(VARIANTS)}")
     options.folder.mkdir(parents=True, exist_ok=True)
     if options.command == "write":
-        results, curves, records = load(options.folder)
-        text = "".join(page(results, records, draw(results, curves)))
+        results, curves, _ = load(options.folder)
+        text = "".join(page([*summary(options.folder)], draw(results, curves)))
         (NOTES / "experiments.md").write_text(text, encoding="utf-8")
+    elif options.command == "show":
+        lines = [*summary(options.folder)]
+        print("\n".join(line for line in "".join(page(lines, [])).splitlines() if line.startswith("|")), end="\n\n")
+        print("\n".join(json.dumps(line) for line in lines))
     elif options.command == "base":
         run(["base"], options)
     else:

@@ -46,9 +46,9 @@ FIGURES = {".md": "staircase.png", ".zh.md": "staircase.zh.png"}
 # ---- In place of token_rewards -------------------------------------------------------------------
 def score_alone(log_probs, ref_log_probs, scores, mask, kl_coef: float):
     """The score at the last token, and nothing else."""
-    last = mask.sum(dim=1, keepdim=True) - 1  # column of the last real token           # [B,1]
-    column = torch.arange(mask.shape[1], device=mask.device)                            # [T]
-    score_at_end = torch.where(column == last, scores.unsqueeze(1), 0)                  # [B,T]
+    score_at_end = torch.zeros_like(log_probs)                                          # [B,T]
+    last = mask.sum(dim=1) - 1  # column of the last real token of each reply           # [B]
+    score_at_end[torch.arange(len(mask)), last] = scores
     return score_at_end
 
 

@@ -403,8 +403,9 @@ def compare_estimators(p, p_ref):
     log_p = logits.log_softmax(dim=-1)                                                  # [V]
     log_ref = torch.tensor(p_ref, dtype=torch.double).log()                             # [V]
     exact = F.kl_div(log_ref, log_p, log_target=True, reduction="sum")
-    rewards = ppo.token_rewards(log_p.view(1, 2), log_ref.view(1, 2), torch.zeros(1),
-                                torch.ones(1, 2).bool(), kl_coef=1)
+    rewards = ppo.token_rewards(log_p.view(1, 2), log_ref.view(1, 2),
+                                scores=torch.zeros(1, dtype=torch.double),
+                                mask=torch.ones(1, 2).bool(), kl_coef=1)
     k1 = -rewards[0]
     k = torch.stack([k1, 0.5 * k1 ** 2, (-k1).exp() - 1 + k1])                          # [3,V]
 
