@@ -6,7 +6,7 @@
 
 THE FOUR MODELS are made of small GPT-2s. The critic is a small network on top of the actor (T7).
     actor         pi      the policy that PPO trains                           ActorCritic.lm
-    critic        V       predicts, at every token, the reward still to come   ActorCritic.head
+    critic        V       predicts, before a token, the reward still to come   ActorCritic.head
     reference     pi_ref  a frozen copy of the SFT model                       frozen(sft)
     reward model  r_RM    scores a finished reply in place of a human; frozen  RewardModel
 
@@ -114,13 +114,13 @@ def sample_tokens(logits, temperature: float = 1.0):
 
     a_t ~ pi(. | s_t) = softmax(logits / temperature)
 
-    The probabilities cut a line into pieces, and a random point falls into one. Sums over a large
-    vocabulary need `double`. torch.multinomial is slower: it draws V random numbers per token.
+    The probabilities cut a line into pieces, and a random point falls into one. With 32 bits,
+    rounding would shift the pieces. torch.multinomial is slower: V random numbers per token.
     """
     probabilities = (logits.double() / temperature).softmax(dim=-1)                     # [B,V]
     cumulative = probabilities.cumsum(dim=-1)                                           # [B,V]
     point = torch.rand(len(logits), 1, dtype=torch.double, device=logits.device)        # [B,1]
-    point = point * cumulative[:, -1:]  # the whole line has length 1, apart from rounding
+    point = point * cumulative[:, -1:]  # the line ends at 1, up to rounding: no point lies past it
     # Tokens count from 0: if 3 pieces end before the point, it lies in the piece of token 3.
     return (cumulative <= point).sum(dim=-1)                                            # [B]
 
@@ -181,7 +181,6 @@ def token_rewards(log_probs, ref_log_probs, scores, mask, kl_coef: float):
 
     The score belongs to the last token of the reply. The last column is padding for most replies.
     Step 4 ignores padding, so a score put there disappears, and no error is shown (N4).
-    The rewards of a reply add up to r_RM - beta * (log pi - log pi_ref, summed over its tokens).
     """
     kl = torch.where(mask, log_probs - ref_log_probs, 0)                                # [B,T]
     score_at_end = torch.zeros_like(kl)                                                 # [B,T]
@@ -242,8 +241,8 @@ def gae(rewards, values, mask, gamma: float, lam: float):
 
     lambda = 0   G_t = r_t + gamma * V(s_{t+1})      little noise, but as wrong as the critic (bias)
     lambda = 1   G_t = r_t + gamma * r_{t+1} + ...   the rewards that came; no bias, much noise
-    With lambda = 1 each later V comes twice, + in one delta and - in the next: it cancels.
-    0.95 is a usual compromise (T2). E calls G_t the real return. Here the critic's guess is part of
+    With lambda = 1 a delta adds gamma * V(s_{t+1}), and the next one takes it away: it cancels.
+    0.95 is usual (T2). E calls G_t the real return. If lambda < 1, the critic's guess is part of
     it. G_t is made before `whiten` (below) scales A_t: the critic learns in the rewards' unit.
     """
     deltas = td_residuals(rewards, values, mask, gamma)                                 # [B,T]
@@ -268,7 +267,8 @@ def whiten(x, mask):
 # The entropy is subtracted: we minimise the loss, and we want the entropy to stay large.
 
 def masked_mean(x, mask):
-    """Mean of x [B,T] over the real tokens (T8). `x * mask` is not enough: 0 * NaN is NaN."""
+    """Mean of x [B,T] over the real tokens (T8). `x * mask` is not enough: 0 * NaN is NaN.
+    The losses mask their inputs as well: in the gradient, 0 * NaN is NaN, too."""
     return torch.where(mask, x, 0).sum() / mask.sum()
 
 
@@ -319,9 +319,8 @@ def entropy(logits):
 # ---- The settings of these steps: each field is a flag, `lr` is --lr -----------------------------
 @dataclass
 class PPOConfig:
-    """What can be changed in PPO, with usual ranges. HfArg declares a flag; cfg.lr is a number.
+    """What can be changed in PPO, with usual ranges. HfArg describes a flag; cfg.lr is its value.
     Config (section 8) adds the other flags. A flag that may be 0 must be added to RANGES there."""
-
     cycles: int = HfArg(default=60, help=(
         "How often PPO runs Phase I and Phase II. 20 are enough to see the idea. (L1)"))
     batch_size: int = HfArg(default=64, help=(
@@ -343,7 +342,7 @@ class PPOConfig:
     whiten_advantages: bool = HfArg(default=False, help=(
         "Scale the advantages of a batch to mean 0 and variance 1. (N7, P3)"))
     ppo_epochs: int = HfArg(default=4, help=(
-        "How often Phase II goes through the batch, 2 to 4. With more, its data gets old. (N9)"))
+        "How often Phase II goes through the batch, 2 to 4. More move pi far from pi_old. (N9)"))
     minibatches: int = HfArg(default=2, help=(
         "Updates per epoch, 1 to 8. It must divide batch_size. More are faster and noisier."))
     lr: float = HfArg(default=3e-4, help=(
@@ -365,7 +364,6 @@ class PPOConfig:
 # ==================================================================================================
 class Reply(NamedTuple):
     """One reply to one prompt, as text."""
-
     prompt: str
     text: str
     finished: bool  # does it end with EOS? If not, it was cut off at the limit
@@ -468,7 +466,6 @@ def frozen(model: nn.Module) -> nn.Module:
 @dataclass
 class Rollout:
     """What Phase I collects and Phase II learns from. The float tensors are 0 on padding."""
-
     replies: list[Reply]         # B replies as text
     group: torch.Tensor          # [B]    equal numbers: replies to the same prompt
     prompt_ids: torch.Tensor     # [B,P]
@@ -487,7 +484,7 @@ class Rollout:
         return len(self.mask)
 
     def __getitem__(self, index) -> Rollout:
-        """Some rows as a smaller rollout. index: row numbers in a tensor, or a slice such as 0:8."""
+        """Some rows as a smaller rollout. index: row numbers in a tensor, or a slice like 0:8."""
         part = copy.copy(self)
         for name, value in vars(self).items():
             if torch.is_tensor(value):
@@ -567,8 +564,8 @@ def collect_rollout(actor, reference, score_fn, prompts: list[str], cfg) -> Roll
 # ---- Four places where algorithms differ ---------------------------------------------------------
 # To try another algorithm, change one of these functions, or assign your own to its name from
 # outside: `ppo_rlhf.estimate_advantages = mine`. Each is called in one place. The first two get the
-# whole rollout, the others a minibatch. Report, validation and X-ray do not call them: r_RM -
-# beta * KL measures every variant, and chooses the policy. `A used` in xray.jsonl shows yours.
+# whole rollout, the others a minibatch. Report, validation and X-ray do not call them: they measure
+# every variant by r_RM - beta * KL. `A used` in xray.jsonl is what your estimate_advantages gave.
 
 def assign_rewards(rollout: Rollout, cfg):
     """Step 2 of a rollout -> [B,T]. A price for every token would be subtracted here."""
@@ -584,13 +581,14 @@ def estimate_advantages(rollout: Rollout, cfg):
 
         sums = rollout.rewards.sum(dim=1)                                               # [B]
         same = (rollout.group[:, None] == rollout.group).float()                        # [B,B]
-        baseline = (same @ sums) / same.sum(dim=1)                                      # [B]
-        advantages = torch.where(rollout.mask, (sums - baseline)[:, None], 0)           # [B,T]
-        return advantages, advantages
+        better = sums - (same @ sums) / same.sum(dim=1)                                 # [B]
+        deviation = ((same @ better.square()) / same.sum(dim=1)).sqrt()                 # [B]
+        better = better / (deviation + 1e-4)  # GRPO does this, others leave it out     # [B]
+        advantages = torch.where(rollout.mask, better[:, None], 0)                      # [B,T]
+        return advantages, advantages  # without a critic, the returns are not used
 
-    --replies_per_prompt 4 makes groups. With --vf_coef 0 the critic learns nothing; value_loss and
-    explained_variance mean nothing then. GRPO also divides sums - baseline by the group's standard
-    deviation + 1e-4: deviation = (same @ (sums - baseline) ** 2 / same.sum(dim=1)).sqrt()
+    --replies_per_prompt 4 makes the groups. (If a prompt is drawn twice, its group has 8.) With
+    --vf_coef 0 the critic learns nothing. Then ignore value_loss and explained_variance.
     """
     return gae(rollout.rewards, rollout.values, rollout.mask, cfg.gamma, cfg.lam)
 
@@ -599,10 +597,11 @@ def actor_loss(log_probs, rollout: Rollout, cfg):
     """Step 6 for the policy: new log-probs [B,T] of a minibatch -> (loss, clip_fraction).
 
     KL in the loss would be added here: beta * masked_mean(0.5 * x ** 2, mask), with x = log_probs -
-    rollout.ref_log_probs, set to 0 on padding. Its gradient is on average that of KL(pi || pi_ref).
-    `assign_rewards` must then pass 0 in place of cfg.kl_coef, or KL is paid twice (T6). Do not take
-    the mean of x. Its value is the KL, but its gradient is 0 on average, because probabilities add
-    up to 1. GRPO takes the mean of exp(-x) - 1 + x. Its gradient is that of KL(pi_ref || pi).
+    rollout.ref_log_probs, set to 0 on padding. `assign_rewards` must then pass 0 in place of
+    cfg.kl_coef, or KL is paid twice (T6). Why not the mean of x, which is the KL? Its gradient is
+    the mean of grad log pi = grad pi / pi. Over tokens drawn from pi this is the sum of grad pi,
+    the gradient of sum(pi) = 1, which is 0. The gradient of 0.5 * x^2 is x * grad log pi, on
+    average that of KL(pi || pi_ref). GRPO's exp(-x) - 1 + x has that of KL(pi_ref || pi).
     """
     return policy_loss(log_probs, rollout.log_probs, rollout.advantages, rollout.mask, cfg.clip_eps)
 
@@ -657,10 +656,11 @@ def make_optimizer(actor, cfg):
     """AdamW for actor and critic. Their learning rates fall to 0 over the run.
 
     The critic starts from nothing and should be ahead of the actor, so it learns ten times as fast.
-    There is no weight decay. beta_2 and eps are not Adam's usual 0.999 and 1e-8. Late in training
-    most gradients are near 0, until a rare bad reply brings a large one, g. Adam's step is then
-    lr * (1 - beta_1) * g / sqrt((1 - beta_2) * g^2), and beta_1 is 0.9. With beta_2 = 0.999 this is
-    3.2 lr, which harms other replies; with 0.95 it is 0.45 lr. eps 1e-5 damps rounding noise.
+    There is no weight decay. beta_2 and eps are not Adam's usual 0.999 and 1e-8. Adam's step is
+    lr * m / sqrt(v), from running means m of the gradients and v of their squares. Late in training
+    both are near 0. Then a rare bad reply brings a large gradient g: m = (1 - beta_1) * g = 0.1 g,
+    v = (1 - beta_2) * g^2. With beta_2 = 0.999 the step is 0.1 / sqrt(0.001) = 3.2 times lr, which
+    harms other replies; with 0.95 it is 0.45 times lr. eps 1e-5 damps rounding noise.
     """
     groups = [{"params": actor.lm.parameters(), "lr": cfg.lr},
               {"params": actor.head.parameters(), "lr": 10 * cfg.lr}]
@@ -668,8 +668,8 @@ def make_optimizer(actor, cfg):
 
 
 def train_ppo(actor, reference, score_fn, prompts: dict[str, list[str]], cfg) -> list[dict]:
-    """PPO's loop (L1). At each validation the policy is kept, unless an earlier one was clearly
-    better. In the end `actor` is the policy that was kept last (L6).
+    """PPO's loop (L1). Each validation copies the policy to `kept`, unless an earlier policy was
+    clearly better. In the end `actor` becomes the policy that was kept last (L6).
 
     PPO is on-policy: the next cycle uses nothing of this batch, because old replies are replies of
     another policy. Returns the metrics, one dict per cycle: the rows of metrics.csv.
@@ -849,7 +849,7 @@ def train_reward_model(sft, data: Data, cfg) -> RewardModel:
         known = world_to_train_on(data.prompts)  # the human cannot judge replies to other prompts
         rankings = label_rankings(sft, known, cfg, rng)
     model = RewardModel(copy.deepcopy(sft.lm), sft.tokenizer, cfg)
-    same_in_all_processes(model)  # its head is new and random
+    same_in_all_processes(model)  # the first layer of its head is random
     train_supervised(model, reward_model_loss, rankings, 4, cfg.rm_steps, cfg.rm_lr,
                      "reward model", cfg)
     rng = reseed(cfg, "normalization")
@@ -1119,8 +1119,8 @@ def distance_from_old(log_probs, rollout: Rollout) -> dict:
     """How far the new log-probs [B,T] are from pi_old's, per token: two columns of metrics.csv.
 
     KL(pi_old || pi) is the mean of -log rho over tokens that pi_old drew. approx_kl is the mean of
-    -log rho + (rho - 1). The mean of rho - 1 is 0, because sum(pi_old * rho) = sum(pi_old * pi /
-    pi_old) = sum(pi) = 1. But with it every single term is at least 0: rho - 1 >= log rho.
+    -log rho + (rho - 1). Why add rho - 1? Its mean is 0, because sum(pi_old * rho) = sum(pi_old *
+    pi / pi_old) = sum(pi) = 1. And it makes every term at least 0: rho - 1 >= log rho.
     """
     log_rho = torch.where(rollout.mask, log_probs - rollout.log_probs, 0).detach()      # [B,T]
     return {
@@ -1157,8 +1157,8 @@ def optimum(scores, log_ratios, kl_coef: float):
     So we need no training to know the optimum, only an estimate of Z. Replies of the reference
     alone give a bad one: the best replies are rare among them, but make most of Z. So half of the
     samples come from the trained policy. A reply is then drawn with probability (pi + pi_ref) / 2.
-    The mean over the reference needs pi_ref. So each term is divided by q, the first probability
-    over the second (importance sampling; with several sources, the balance heuristic):
+    But Z is a mean over replies of pi_ref alone. So each term is divided by q: how much more often
+    its reply is drawn here (importance sampling; with several sources, the balance heuristic):
 
     Z = mean over all samples of exp(r / beta) / q, with q = (pi + pi_ref) / 2 / pi_ref
 
@@ -1179,7 +1179,8 @@ def standard_error(terms) -> float:
     """The standard error of the mean of terms [prompts,2N], for these prompts.
 
     The first N columns are a sample of the policy, the others one of the reference. The mean of all
-    is (mean_1 + mean_2) / 2, so its variance is (var_1 / N + var_2 / N) / 4.
+    is (mean_1 + mean_2) / 2. Its variance is (var_1 / N + var_2 / N) / 4, because half of a sum has
+    a quarter of its variance. The prompts are independent, so the variances of their means add up.
     """
     policy, reference = terms.chunk(2, dim=1)                                          # [prompts,N]
     variance = (policy.var(dim=1) + reference.var(dim=1)) / (4 * policy.shape[1])       # [prompts]
@@ -1222,8 +1223,9 @@ def measure_optimum(policy, sft, log_ratios, kl_coef: float) -> dict[str, float]
         # d fraction = d(gone / way) = (d gone - fraction * d way) / way
         #            = (dJ(PPO) - dJ(SFT) - fraction * (dJ* - dJ(SFT))) / way
         #            = (dJ(PPO) - (1 - fraction) * dJ(SFT) - fraction * dJ*) / way
-        # So its error is that of the mean of the terms below. standard_error takes a mean over 2N
-        # columns. J(PPO) and J(SFT) are means over N of them, so their terms get the factor 2.
+        # So its error is that of the mean of the terms below. standard_error sums 2N columns and
+        # divides by 2N. J(PPO) has a term in only N of them: the factor 2 makes up for it. So has
+        # J(SFT), in the others. J* has a term in all 2N.
         terms = torch.cat([2 * policy["objective"], -2 * (1 - fraction) * sft["objective"]], dim=1)
         terms = (terms - fraction * kl_coef * weights) / way
         result["fraction"] = fraction
@@ -1341,7 +1343,7 @@ def warn_if_constant(table: list[dict]):
     ends = {line["finished"] for line in table}  # True, False or both
     outcomes = {(line["finished"], line["reward"]) for line in table}
     one_reward_each = len(outcomes) == len(ends)
-    if one_reward_each and len(table) > 2 * len(ends):
+    if one_reward_each and len(table) > 2 * len(ends):  # among very few, it may be chance
         say("warning: the reward is the same for all replies, so PPO learns nothing from it")
 
 
@@ -1391,8 +1393,8 @@ def one_line(text: str) -> str:
 
 
 # ---- The X-ray -----------------------------------------------------------------------------------
-# The X-ray keeps these functions of the article, even if you assign others to their names. One
-# exception: `gae` calls td_residuals by its name, so a new td_residuals changes A_t and return.
+# The X-ray always uses these three functions, even if you assign others to their names. But `gae`
+# calls td_residuals by its name, so a new td_residuals changes the columns A_t and return.
 article_rewards, article_residuals, article_gae = token_rewards, td_residuals, gae
 
 
@@ -1428,7 +1430,7 @@ def xray(rollout: Rollout, tokenizer, cfg, row: int = 0, extra: dict | None = No
              f"(score {rollout.scores[row]:.3f})",
              f"{'token':12}" + "".join(f"{name:>11}" for name in columns)]
     for t, token in enumerate(rollout.reply_ids[row][rollout.mask[row]]):
-        numbers = [round(x[row, t].item(), 3) + 0.0 for x in columns.values()]  # no "-0.000"
+        numbers = [round(x[row, t].item(), 3) + 0.0 for x in columns.values()]  # -0.0 + 0.0 is 0.0
         line = "".join(f"{number:11.3f}" for number in numbers)
         lines.append(f"{tokenizer.decode([token]).strip():12}{line}")
     return "\n".join(lines) + "\n"
@@ -1540,7 +1542,7 @@ def record_cycle(log: list[dict], cycle: int, rollout: Rollout, metrics: dict, s
     write_metrics(log, cfg)
     names = [name for name in PRINTED if not math.isnan(line[name])]
     if cycle % 20 == 0:
-        widths = [len(format(0.0, PRINTED[name])) for name in names]
+        widths = [len(format(0.0, PRINTED[name])) for name in names]  # as wide as the numbers
         say("  ".join(name.rjust(width) for name, width in zip(names, widths)))
     say("  ".join(format(line[name], PRINTED[name]) for name in names))
     if cycle == 0:
@@ -1614,8 +1616,8 @@ def encode(model, replies: list[Reply]):
     reply ends with EOS, so the models learn to stop (N1).
     """
     prompt_ids, prompt_mask = encode_prompts(model, [reply.prompt for reply in replies])
-    # A sampled reply can have more tokens when it is encoded again: if it ends within a character,
-    # or if this is the reward model of another run, which has a tokenizer of its own.
+    # A sampled reply can have more tokens when it is encoded again: if it ends with one byte of a
+    # Chinese character, or if this is the reward model of a run with another tokenizer.
     room = positions_of(model.lm) - prompt_ids.shape[1]
     check(room > 0, f"a prompt of {prompt_ids.shape[1]} tokens leaves a model no room for a reply")
     texts = [reply.text for reply in replies]
@@ -1767,8 +1769,8 @@ def render(prompt, replies: list, tokenizer) -> tuple[list, str, list[str]]:
         check_messages(reply)
         conversations.append(reply)
     if not isinstance(prompt, list):
-        # It is a text, or None. Its messages are those before the reply; if there are none, the
-        # text is the only one.
+        # It is a text or None. If the first conversation has messages before the reply, these are
+        # the prompt, and a text must be the last of them. If not, the text is the only message.
         earlier = conversations[0][:-1]
         check(earlier or prompt is not None, "before a reply of the assistant the user must say "
               "something")
@@ -1809,10 +1811,10 @@ def check_messages(messages):
 def common_prompt(texts: list[str]) -> str:
     """The format of HH-RLHF: the prompt is what all replies begin with.
 
-    Labels such as "Human:" tell who speaks. They begin a line, or follow a Chinese sentence. If the
-    last label is not that of the first speaker, the prompt ends after it, as after "Assistant: ".
-    Otherwise it ends after a whole word or a Chinese sentence: it is "Human: Hi! How " if the
-    replies have "Human: Hi! How a" in common.
+    Labels such as "Human:" tell who speaks. They begin a line, or follow a Chinese sentence. The
+    common beginning "Human: Hi! Assistant: I a" has a label that is not the first speaker's. The
+    prompt ends after this label. "Human: Hi! How a" has none. The prompt then ends after the last
+    whole word or Chinese sentence: "Human: Hi! How ".
     """
     common = os.path.commonprefix(texts)
     labels = list(re.finditer(r"(?:^|[\n。！？])\s*(\w+)[:：] ?", common))
@@ -1858,6 +1860,7 @@ def cut(text: str, room: int, tokenizer, keep_end: bool = False) -> str:
     # Few tokens have more than 40 characters. This saves time: a whole book is not tokenized.
     text = text[-40 * room:] if keep_end else text[:40 * room]
     for boundary in [r"\n+", r"[.!?]+\s+|[。！？]+", r"\s+", ""]:
+        # Each piece ends with its boundary. The last boundary, "", makes pieces of one character.
         pieces = re.findall(rf".+?(?:{boundary}|\Z)", text, re.DOTALL)
         kept, low, high = "", 1, len(pieces)
         while low <= high:  # binary search for the largest number of pieces that fits
@@ -1888,8 +1891,8 @@ def positions_of(model) -> int:
 def shorten(lines: list[Line], model, cfg) -> list[Line]:
     """Cut what is too long. Prompts keep their end. Replies keep their beginning and get no EOS.
 
-    No line is left out here. `split` goes by the place of a prompt in the list. Without one line,
-    later prompts would move from training to test, or back.
+    No line is left out here. `split` goes by the place of a prompt in the list. If a line were
+    missing, all later prompts would move, some of them from training to test.
     """
     positions = positions_of(model.lm)
     check(cfg.max_new_tokens <= positions - 32,
@@ -2000,6 +2003,7 @@ def base_model(own: dict[str, list[Line]], cfg) -> ActorCritic:
             for reply in line.replies:  # long texts will be cut, but only the tokenizer knows where
                 texts += [reply.prompt[-10_000:], reply.text[:10_000]]
     if not (own["demos"] or own["preferences"]):
+        # Not cfg.seed: all runs in this world have the same tokenizer, and can be compared.
         for reply in write_texts(random.Random(0), split(WORLD_PROMPTS)["train"], PRETRAIN_MIX):
             texts += [reply.prompt, reply.text]
     tokenizer = train_tokenizer(texts)
@@ -2077,8 +2081,8 @@ def wants_bfloat16(cfg) -> bool:
 def compute_in_bfloat16(lm, device_type: str):
     """Let the language model compute in bfloat16. What uses its output stays in float32 (R3).
 
-    The model gets a subclass whose forward is wrapped. With `lm.forward = wrapped` a copy of the
-    model, such as the reference, would call the forward of the first model.
+    The model becomes an object of a new class, which has the same name and another forward. A plain
+    `lm.forward = wrapped` would be copied, too. Then the reference would use the actor's weights.
     """
     original = type(lm)
     forward = torch.autocast(device_type, torch.bfloat16)(original.forward)
@@ -2104,8 +2108,8 @@ def load_reward(cfg, own: dict[str, list[Line]] | None = None):
 
 
 def load_module(path: Path):
-    """Run a Python file as a module of its folder: it can import its neighbours, and start
-    processes, which will import it by its name."""
+    """Run a Python file as a module of its folder. So it can import other files of the folder. If
+    it starts processes, they can import it by its name."""
     name, path = path.stem, path.resolve()
     if name in sys.modules:
         check(getattr(sys.modules[name], "__file__", "") == str(path),
@@ -2165,7 +2169,8 @@ def with_columns(score_fn, own: dict[str, list[Line]]):
         known.setdefault(line.replies[0].prompt, line)
     for line in own["prompts"]:
         prompt = line.replies[0].prompt
-        # The prompt itself is not compared: two prompts may have become equal by cutting.
+        # line.fields has the prompt as it stands in the file. It is not compared, because different
+        # prompts may have become equal when they were cut.
         same = dict(line.fields, prompt="") == dict(known[prompt].fields, prompt="")
         check(same, f"--prompts {prompt[-60:]!r} stands there twice, and the further fields, such "
               "as the answer, differ")
@@ -2238,7 +2243,8 @@ class Config(PPOConfig):
         "Replies (in stage 2 rankings) in one pass of learning. Fewer need less memory and give "
         "the same update. Phase I samples its whole batch at once. (R2)"))
     max_grad_norm: float = HfArg(default=1.0, help=(
-        "A gradient that is longer than this is shortened to it, 0.5 to 1. In all stages."))
+        "A gradient that is longer than this is shortened to it, 0.5 to 1. In all stages. Actor "
+        "and critic have one limit together: a large value loss also shortens the actor's step."))
     eval_every: int = HfArg(default=10, help=(
         "Validate after this many cycles. The policy is kept, unless an earlier one was clearly "
         "better. (L6)"))
@@ -2334,9 +2340,10 @@ def parse_config(argv=None) -> Config:
         run = Path(getattr(given, flag))
         with explain(f"--{flag} {run} is not the folder of a run", OSError, ValueError, TypeError):
             saved = asdict(Config(**json.loads((run / "config.json").read_text())))
+            # A resumed run keeps its folder. With init_from `out` is empty: main makes a new one.
             saved.update({"out": given.resume, flag: getattr(given, flag)})
             parser.set_defaults(**saved)
-            parser.parse_args([])  # checks the types of the saved values
+            parser.parse_args([])  # converts the saved texts as if they were typed
         if given.resume:
             fixed = {name: x for name, x in saved.items() if name != "device"}
         for folder, names in FIXED.items():
@@ -2433,7 +2440,7 @@ def reseed(cfg, purpose: str) -> random.Random:
 # Every process holds all models. In each cycle all processes draw the same prompts, and each
 # samples, scores and values its share of them. What they exchange in a cycle:
 #     moments           three sums a call, for explained_variance and, if it is on, for whiten
-#     optimizer_step    in each update, the gradients (summed) and the sums of loss and metrics
+#     optimizer_step    in each update, sums: of gradients, tokens, loss and metrics
 #     describe          a line for each reply, for metrics.csv; at validation likewise
 #     cycles_to_do      whether Ctrl-C was pressed in one of them
 # After an update all have the same weights, because they began with the same weights and added the
@@ -2490,7 +2497,8 @@ def draw_prompts(prompts: list[str], rng: random.Random, cfg) -> list[str]:
     """The prompts of one cycle, each repeated replies_per_prompt times; this process's share.
 
     A prompt may be drawn twice. Then its replies make one larger group. With several processes the
-    two draws may go to different ones, and make two groups. One draw's replies are never divided.
+    two draws may go to different processes. Then they make two groups. The replies of one draw
+    always stay in one process.
     """
     drawn = rng.choices(prompts, k=cfg.batch_size // cfg.replies_per_prompt)
     return repeat_each(share(drawn), cfg.replies_per_prompt)
@@ -2562,6 +2570,7 @@ def cycles_to_do(training: dict, log: list[dict], cfg):
     the cycles since the last save, bit for bit, because each has a random stream of its own.
     """
     path = Path(cfg.out) / "state.pt"
+    # A resumed run may be in another folder and on another device: these are not compared.
     settings = dict(asdict(cfg), out="", resume="", device="", files=fingerprints(cfg))
     first = 0
     if cfg.resume and path.exists():
@@ -2628,7 +2637,7 @@ def replacing(path: Path):
 
 
 def write_json(path: Path, content: dict):
-    """NaN is not JSON: it becomes null."""
+    """NaN is not JSON. It becomes null: json.loads asks parse_constant what NaN shall be."""
     content = json.loads(json.dumps(content), parse_constant=lambda name: None)
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n")
@@ -2682,7 +2691,7 @@ def run_stage(name: str, model_class, seconds: dict, cfg, train, *inputs):
     start = time.perf_counter()
     folder = finished_model(name, cfg)
     model = load_model(model_class, folder, cfg) if folder else train(*inputs, cfg)
-    if folder != Path(cfg.out) / name:
+    if folder != Path(cfg.out) / name:  # it is new, or of another run (--init_from)
         save_model(model, Path(cfg.out) / name)
     seconds[name] = time.perf_counter() - start
     return model
@@ -2753,7 +2762,7 @@ def modules_forgotten():
     try:
         yield
     finally:
-        added = Counter(sys.path) - Counter(path)  # load_module has added folders
+        added = Counter(sys.path) - Counter(path)  # what load_module has added, also twice
         sys.path[:] = path
         for name in set(sys.modules) - modules:
             file = getattr(sys.modules[name], "__file__", None) or ""
