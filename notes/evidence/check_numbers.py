@@ -15,6 +15,7 @@ In a page, a comment says where the numbers below it come from:
 
 A SOURCE is one of these. What stands in [brackets] may be left out.
     NAME, NAME [+- 0.01]             records; the numbers may differ by 0.01 from them (or by 10%)
+    NAME/TITLE, ... [+- 0.01]        only the part of a record below the line TITLE, to the next one
     run: COMMAND                     a quick command, which is repeated now
     page FILE                        another page, which has a source for them
     tests test_NAME ... [NUMBERS]    tests assert them
@@ -101,7 +102,8 @@ def read_source(text: str) -> dict:
         return {"kind": "tests", "tests": found[1].split(), "numbers": found[2].split()}
     if found := re.fullmatch(rf"no record((?: {number})*), (\d{{4}}-\d\d-\d\d), .+", text):
         return {"kind": f"no record since {found[2]}", "day": found[2], "numbers": found[1].split()}
-    if found := re.fullmatch(r"([\w-]+(?:, [\w-]+)*)(?: \+- ([\d.]+%?))?", text):
+    name = rf"[\w-]+(?:/{record.TITLE})?"
+    if found := re.fullmatch(rf"({name}(?:, {name})*)(?: \+- ([\d.]+%?))?", text):
         return {"kind": "records", "records": found[1].split(", "), "spread": found[2] or "",
                 "numbers": []}
     raise ValueError(f"no such source: {text}")
@@ -123,9 +125,13 @@ class Checker:
         """The numbers of a record, of a page, or of what a command prints now; looked up once."""
         if (kind, name) in self.printed:
             return self.printed[kind, name]
-        problems = []
+        whole_name, problems = name, []
         if kind == "records":
+            name, _, title = name.partition("/")
             output, problems = record.read(name, self.root)
+            if title and output:
+                output = record.part_of(output, title)
+                problems += [] if output else [f"record {name} has no part {title}"]
         elif kind == "pages":
             output = ""
             if not (self.root / name).is_file():
@@ -141,9 +147,9 @@ class Checker:
             output = done.stdout
             if done.returncode:
                 problems = [f"`{name}` ended with {done.returncode}"]
-        self.problems += problems
-        self.printed[kind, name] = numbers_in(output, record.PRINTED)
-        return self.printed[kind, name]
+        self.problems += [problem for problem in problems if problem not in self.problems]
+        self.printed[kind, whole_name] = numbers_in(output, record.PRINTED)
+        return self.printed[kind, whole_name]
 
     def check_page(self, path: Path):
         page = path.read_text(encoding="utf-8")

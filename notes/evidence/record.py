@@ -18,6 +18,7 @@ FOLDER = "notes/evidence/records"
 DIGITS = r"(?<![A-Za-z0-9_.])(?<![A-Za-z]-)[+-]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?%?"
 PRINTED = re.compile(DIGITS)                               # in a record: 2.5s is one too
 NUMBER = re.compile(DIGITS + r"(?![A-Za-z0-9_]|\.\d)")     # in a page: 2.13.0 and 3D are none
+TITLE = r"[A-Za-z]+(?: \d+)?"  # of a part of a record: a word, or a word and a number, in its own line
 KEYS = ["command", "date", "commit", "versions", "machine", "depends", "code"]
 
 
@@ -171,6 +172,19 @@ def read(name: str, root: Path) -> tuple[str, list[str]]:
                 f"check_numbers.py --record {name} --depends {header['depends']} "
                 f"-- {header['command']}")
     return printed, problems
+
+
+def part_of(printed: str, title: str) -> str:
+    """What stands in a record from the line `title` on, up to the next title; "" if it is missing."""
+    part, inside = "", False
+    before = ""
+    for line in printed.splitlines():
+        if before == "" and re.fullmatch(TITLE, line):
+            inside = line == title
+        if inside:
+            part += line + "\n"
+        before = line
+    return part
 
 
 # ==================================================================================================

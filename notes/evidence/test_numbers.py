@@ -70,6 +70,34 @@ def test_a_number_with_its_source_passes(source, text, root, capsys):
     assert code == 0, capsys.readouterr().out
 
 
+PARTS = """print('''Trial 1
+| a | 0.25 |
+
+Trial 2
+| b | 0.75 |
+X-RAY 9
+0.5
+
+rest
+0.125''')
+"""
+
+
+@pytest.mark.parametrize("part, number, problem", [
+    ("Trial 1", "0.25", ""), ("Trial 2", "0.75", ""), ("Trial 2", "0.5", ""), ("rest", "0.125", ""),
+    ("Trial 1", "0.75", "0.75: not found in: parts/Trial 1"),
+    ("Trial 2", "0.25", "0.25: not found in: parts/Trial 2"),
+    ("Trial 2", "0.125", "0.125: not found in: parts/Trial 2"),
+    ("Trial 3", "0.25", "record parts has no part Trial 3"),
+])
+def test_a_source_can_name_a_part_of_a_record(part, number, problem, root, capsys):
+    (root / "parts.py").write_text(PARTS)
+    record.write("parts", ["python", "parts.py"], [], None, root)
+    code, lines = check(root, capsys, f"# Title\n<!-- numbers: parts/{part} -->\nIt was {number}.\n")
+    assert code == bool(problem), lines
+    assert problem in "\n".join(lines)
+
+
 @pytest.mark.parametrize("source, text, says", [
     ("first", "It went 0.98 of the way.", "0.98: not found in: first"),
     ("first", "It went 98.1% of the way.", "98.1%: not found in: first"),
