@@ -19,6 +19,7 @@ several processes, bfloat16, and the pages in notes/.
 """
 import copy
 import csv
+import inspect
 import itertools
 import json
 import math
@@ -1534,6 +1535,24 @@ def group_baseline(rollout, cfg):
 
 def no_critic(values, rollout, cfg):
     return torch.zeros(())
+
+
+def test_the_code_for_grpo_in_the_docstring_gives_each_group_mean_0_and_deviation_1(rollout):
+    rows = inspect.getdoc(ppo.estimate_advantages).splitlines()
+    code = "\n".join(row for row in rows if row.startswith("    "))
+    space = {"torch": torch}
+    exec(f"def advantages_of(rollout):\n{code}", space)
+    part = copy.copy(rollout)
+    part.group = torch.arange(len(rollout)) // 4
+    part.rewards = torch.randn(rollout.mask.shape) * rollout.mask
+    advantages, _ = space["advantages_of"](part)
+    assert (advantages[~rollout.mask] == 0).all()
+    sums = [math.fsum(row.tolist()) for row in part.rewards]
+    for i, row in enumerate(advantages):
+        group = [sums[j] for j in range(len(sums)) if j // 4 == i // 4]
+        expected = (sums[i] - mean(group)) / (math.sqrt(pvariance(group)) + 1e-4)
+        for number in row[rollout.mask[i]].tolist():
+            assert number == pytest.approx(expected, abs=1e-4)
 
 
 def test_with_a_group_baseline_the_advantages_of_a_group_add_up_to_zero(run, tmp_path,
