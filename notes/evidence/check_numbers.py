@@ -7,7 +7,8 @@
 
 The last two make records/NAME.txt: what COMMAND prints, with date, commit, versions and machine.
 With --from, FILE holds what COMMAND has printed already. A record becomes old when one of the files
-in --depends computes something else (by default the script and the .py files in COMMAND).
+in --depends computes something else (by default the script and the .py files in COMMAND). If the
+change only says the same in another way, same.py can show it, and the record stays valid.
 
 In a page, a comment says where the numbers below it come from:
 

@@ -18,7 +18,7 @@ FOLDER = "notes/evidence/records"
 DIGITS = r"(?<![A-Za-z0-9_.])(?<![A-Za-z]-)[+-]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?%?"
 PRINTED = re.compile(DIGITS)                               # in a record: 2.5s is one too
 NUMBER = re.compile(DIGITS + r"(?![A-Za-z0-9_]|\.\d)")     # in a page: 2.13.0 and 3D are none
-TITLE = r"[A-Za-z]+(?: \d+)?"  # of a part of a record: a word, or a word and a number, in its own line
+TITLE = r"[A-Za-z]+(?: \d+)?"  # of a part of a record, in its own line: a word, or word and number
 KEYS = ["command", "date", "commit", "versions", "machine", "depends", "code"]
 
 
@@ -148,16 +148,51 @@ def write(name: str, command: list[str], depends: list[str], output: Path | None
     return path
 
 
+def parse(text: str) -> tuple[dict[str, str], str]:
+    """A record -> its header, and what the command printed."""
+    head, _, printed = text.partition("\n\n")
+    header = {}
+    for line in head.splitlines():
+        key, _, value = line.partition(": ")
+        header[key] = value
+    return header, printed
+
+
+def valid_hashes(header: dict[str, str]) -> dict[str, str]:
+    """File -> the hash that it must have: that of the run, or a later one from the line `same`.
+
+    `same: DATE COMMIT FILE HASH ...` was written by same.py: FILE with HASH did the same as before.
+    """
+    hashes = dict(zip(header["depends"].split(), header["code"].split()))
+    words = header.get("same", "").split()[2:]
+    hashes.update(zip(words[::2], words[1::2]))
+    return hashes
+
+
+def mark_same(path: Path, before: dict[str, str], now: dict[str, str], found: str) -> bool:
+    """Let a record hold for the hashes `now` if it held for those `before`. found: date, commit."""
+    text = path.read_text(encoding="utf-8")
+    header, printed = parse(text)
+    hashes = valid_hashes(header)
+    changed = {file: now[file] for file in hashes if file in now and hashes[file] == before[file]}
+    if not any(hashes[file] != changed[file] for file in changed):
+        return False
+    hashes.update(changed)
+    header["same"] = found
+    for file in now:
+        if file in hashes:
+            header["same"] += f" {file} {hashes[file]}"
+    head = "".join(f"{key}: {value}\n" for key, value in header.items())
+    path.write_text(f"{head}\n{printed}", encoding="utf-8")
+    return True
+
+
 def read(name: str, root: Path) -> tuple[str, list[str]]:
     """A record's name -> what the command printed, and what is wrong with the record."""
     path = root / FOLDER / f"{name}.txt"
     if not path.exists():
         return "", [f"there is no record {name}: make it with --record {name} -- COMMAND"]
-    head, _, printed = path.read_text(encoding="utf-8").partition("\n\n")
-    header = {}
-    for line in head.splitlines():
-        key, _, value = line.partition(": ")
-        header[key] = value
+    header, printed = parse(path.read_text(encoding="utf-8"))
     missing = [key for key in KEYS if not header.get(key)]
     if missing:
         return printed, [f"record {name}: the header lacks '{missing[0]}'"]
@@ -165,7 +200,7 @@ def read(name: str, root: Path) -> tuple[str, list[str]]:
     files, hashes = header["depends"].split(), header["code"].split()
     if len(files) != len(hashes):
         return printed, [f"record {name}: 'depends' and 'code' have not the same length"]
-    for file, old in zip(files, hashes):
+    for file, old in valid_hashes(header).items():
         if not (root / file).is_file() or code_hash(root / file) != old:
             problems.append(
                 f"record {name}: {file} has changed since. Make it anew: python notes/evidence/"
@@ -175,7 +210,7 @@ def read(name: str, root: Path) -> tuple[str, list[str]]:
 
 
 def part_of(printed: str, title: str) -> str:
-    """What stands in a record from the line `title` on, up to the next title; "" if it is missing."""
+    """What a record has from the line `title` on, up to the next title; "" if it is missing."""
     part, inside = "", False
     before = ""
     for line in printed.splitlines():

@@ -1,5 +1,7 @@
 """Numbers and their sources: check_numbers.py finds what is wrong, and all pages are right."""
 import re
+import shutil
+import subprocess
 import sys
 
 import pytest
@@ -93,7 +95,8 @@ rest
 def test_a_source_can_name_a_part_of_a_record(part, number, problem, root, capsys):
     (root / "parts.py").write_text(PARTS)
     record.write("parts", ["python", "parts.py"], [], None, root)
-    code, lines = check(root, capsys, f"# Title\n<!-- numbers: parts/{part} -->\nIt was {number}.\n")
+    page = f"# Title\n<!-- numbers: parts/{part} -->\nIt was {number}.\n"
+    code, lines = check(root, capsys, page)
     assert code == bool(problem), lines
     assert problem in "\n".join(lines)
 
@@ -211,6 +214,64 @@ def test_any_other_file_makes_a_record_old_with_every_byte(root, capsys):
     assert check(root, capsys, page)[0] == 0
     (root / "data.txt").write_text("1 \n")
     assert check(root, capsys, page)[0] == 1
+
+
+FAKE = """import pathlib
+
+def main(words):
+    out = pathlib.Path(words[-1])
+    out.mkdir()
+    (out / "metrics.csv").write_text(f"human,seconds\\n{NUMBER},{id(out)}\\n")
+    (out / "report.json").write_text('{"seconds": %d}' % id(out))
+    (out / "policy").write_bytes(bytes([len(words)]))
+"""
+FAKE_RUNGS = """RUNGS = "ab"
+def train(run, key, number, seed, cycles):
+    return {"number": NUMBER, "seconds": id(run)}
+"""
+
+
+def commit_of(root, script, rungs):
+    """Write both programs and commit all -> the commit."""
+    (root / "ppo_rlhf.py").write_text(script)
+    (root / "notes/staircase.py").write_text(rungs)
+    name = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for words in [["init", "-q"], ["add", "-A"], [*name, "commit", "-qm", "a"]]:
+        subprocess.run(["git", *words], cwd=root, check=True)
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("script, rungs, different", [
+    ("NUMBER", "NUMBER", []),
+    ("7 / 2", "NUMBER", ["default: metrics.csv", "own data: metrics.csv"]),
+    ("NUMBER", "7 / 2", ["rung 0", "rung 1"])])
+def test_a_record_stays_valid_if_a_new_version_does_the_same(script, rungs, different, tmp_path):
+    (tmp_path / "notes/evidence").mkdir(parents=True)
+    for name in ["same.py", "record.py"]:
+        shutil.copy(HERE / "notes/evidence" / name, tmp_path / "notes/evidence")
+    before = "NUMBER = 3\n" + FAKE, "NUMBER = 3\n" + FAKE_RUNGS
+    old = commit_of(tmp_path, *before)
+    record.write("both", ["true", "notes/staircase.py"], [], None, tmp_path)
+    record.write("other", ["true"], ["ppo_rlhf.py", "notes/evidence/record.py"], None, tmp_path)
+    commit_of(tmp_path, *("x = 1\n" + text for text in before))  # an older version, and its record
+    record.write("older", ["true"], [], None, tmp_path)
+    commit_of(tmp_path, "NUMBER = 4 - 1\n" + FAKE.replace("NUMBER", script),
+              "NUMBER = 2 + 1\n" + FAKE_RUNGS.replace("NUMBER", rungs))
+    texts = {path: path.read_text() for path in (tmp_path / record.FOLDER).iterdir()}
+    done = subprocess.run([sys.executable, tmp_path / "notes/evidence/same.py", old],
+                          capture_output=True, text=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("DIFFERENT")]
+    assert done.returncode == bool(different), done.stderr
+    assert all(any(name in line for line in lines) for name in different)
+    assert bool(lines) == bool(different)
+    if different:
+        assert texts == {path: path.read_text() for path in texts}
+    for name in ["both", "other"]:
+        assert bool(record.read(name, tmp_path)[1]) == bool(different)
+    assert record.read("older", tmp_path)[1]  # it did not hold for the old version
+    (tmp_path / "ppo_rlhf.py").write_text("NUMBER = 5\n" + FAKE)
+    assert record.read("both", tmp_path)[1]  # one more change
 
 
 def test_a_record_says_how_it_was_made_and_nothing_of_this_machine_but_its_processor(root):
