@@ -1226,8 +1226,10 @@ def measure_optimum(policy, sft, log_ratios, kl_coef: float) -> dict[str, float]
         # So its error is that of the mean of the terms below. standard_error sums 2N columns and
         # divides by 2N. J(PPO) has a term in only N of them: the factor 2 makes up for it. So has
         # J(SFT), in the others. J* has a term in all 2N.
-        terms = torch.cat([2 * policy["objective"], -2 * (1 - fraction) * sft["objective"]], dim=1)
-        terms = (terms - fraction * kl_coef * weights) / way
+        of_policy = 2 * policy["objective"]                                            # [prompts,N]
+        of_sft = -2 * (1 - fraction) * sft["objective"]                                # [prompts,N]
+        of_optimum = -fraction * kl_coef * weights                                    # [prompts,2N]
+        terms = (torch.cat([of_policy, of_sft], dim=1) + of_optimum) / way            # [prompts,2N]
         result["fraction"] = fraction
         result["fraction_error"] = standard_error(terms)
     return result
@@ -1343,7 +1345,8 @@ def warn_if_constant(table: list[dict]):
     ends = {line["finished"] for line in table}  # True, False or both
     outcomes = {(line["finished"], line["reward"]) for line in table}
     one_reward_each = len(outcomes) == len(ends)
-    if one_reward_each and len(table) > 2 * len(ends):  # among very few, it may be chance
+    enough_replies = len(table) > 2 * len(ends)  # among fewer, equal rewards may be chance
+    if one_reward_each and enough_replies:
         say("warning: the reward is the same for all replies, so PPO learns nothing from it")
 
 
@@ -2086,6 +2089,7 @@ def compute_in_bfloat16(lm, device_type: str):
     """
     original = type(lm)
     forward = torch.autocast(device_type, torch.bfloat16)(original.forward)
+    # The same as: class GPT2LMHeadModel(original): forward = forward
     lm.__class__ = type(original.__name__, (original,), {"forward": forward})
 
 

@@ -549,7 +549,7 @@ BUGS = [
     ("fraction's error: SFT counts as if the fraction were 0",
      '-2 * (1 - fraction) * sft["objective"]', '-2 * sft["objective"]'),
     ("fraction's error: J* counts as exact",
-     "terms = (terms - fraction * kl_coef * weights) / way", "terms = terms / way"),
+     "of_optimum = -fraction * kl_coef * weights", "of_optimum = 0 * weights"),
     ("optimum: the policy's log-probs of SFT's replies are SFT's",
      'read_without_gradient(models["ppo"], rollout, cfg)',
      'read_without_gradient(models["sft"], rollout, cfg)'),
