@@ -132,8 +132,8 @@ def generate(actor, prompt_ids, prompt_mask, max_new_tokens: int, eos_id: int, p
 
     prompt_ids, prompt_mask: [B,P], padded on the left, so that all replies start in one column.
     Returns reply_ids and mask [B,T], padded on the right, because replies grow to the right and end
-    at different times. T is the longest reply. The first pass reads the prompt. The cache stores
-    what the model has computed so far, so every later pass reads only the newest token.
+    at different times. T is the longest reply. The first pass reads the prompt. Every later pass
+    reads only the newest token, because the cache stores what was computed before.
     """
     ids, cache = prompt_ids, None
     seen_mask = prompt_mask  # the real tokens of the prompt and the reply so far       # [B,P+t]
@@ -268,7 +268,7 @@ def whiten(x, mask):
 
 def masked_mean(x, mask):
     """Mean of x [B,T] over the real tokens (T8). `x * mask` is not enough: 0 * NaN is NaN.
-    The losses mask their inputs as well: in the gradient, 0 * NaN is NaN, too."""
+    policy_loss and value_loss mask their inputs, too: in a gradient, 0 * NaN is also NaN."""
     return torch.where(mask, x, 0).sum() / mask.sum()
 
 
@@ -348,7 +348,7 @@ class PPOConfig:
     lr: float = HfArg(default=3e-4, help=(
         "Learning rate of the actor, below SFT's. It falls to 0. With --model: 1e-5. (P3)"))
     clip_eps: float = HfArg(default=0.2, help=(
-        "epsilon, 0.1 to 0.3: how far the ratio moves from 1 before its gradient is 0. (S6, P3)"))
+        "epsilon, 0.1 to 0.3: how far A may move the ratio from 1. Then its gradient is 0. (S6)"))
     vf_coef: float = HfArg(default=0.5, help=(
         "c_V, the weight of the value loss, 0.1 to 1. Only the critic learns from it. (S6)"))
     ent_coef: float = HfArg(default=0.001, help=(
@@ -358,9 +358,9 @@ class PPOConfig:
 # ==================================================================================================
 # 2  The models
 #
-#    A language model looks back and never ahead. So one pass over prompt and reply tells what the
-#    model thought at every position when it knew only the tokens up to there ("teacher forcing").
-#    One pass gives all log-probs and values of a reply. Only sampling must go token by token.
+#    A language model never looks ahead. So one pass over prompt and reply tells what it thought
+#    at every position when it knew only the tokens up to there ("teacher forcing"). It gives all
+#    log-probs and values of a reply. Only sampling must go token by token.
 # ==================================================================================================
 class Reply(NamedTuple):
     """One reply to one prompt, as text."""
@@ -372,8 +372,8 @@ class Reply(NamedTuple):
 def position_ids(mask):
     """0, 1, 2 ... for the real tokens of mask [B,L].
 
-    The library would count padding too. Then a reply would get other probabilities in a batch with
-    a longer prompt, because there is more padding in front of it.
+    The library would count padding too. Then GPT-2 would give a reply other probabilities in a
+    batch with a longer prompt. (Models with rotary positions do not mind: only distances count.)
     """
     return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
 
@@ -563,9 +563,9 @@ def collect_rollout(actor, reference, score_fn, prompts: list[str], cfg) -> Roll
 
 # ---- Four places where algorithms differ ---------------------------------------------------------
 # To try another algorithm, change one of these functions, or assign your own to its name from
-# outside: `ppo_rlhf.estimate_advantages = mine`. Each is called in one place. The first two get the
-# whole rollout, the others a minibatch. Report, validation and X-ray do not call them: they measure
-# every variant by r_RM - beta * KL. `A used` in xray.jsonl is what your estimate_advantages gave.
+# outside: `ppo_rlhf.estimate_advantages = mine`. The first two get the whole rollout, the others a
+# minibatch, or a piece of it that counts by its tokens: so a loss must be a mean over tokens.
+# Report and validation use none of them. `A used` in xray.jsonl shows the advantages of the loss.
 
 def assign_rewards(rollout: Rollout, cfg):
     """Step 2 of a rollout -> [B,T]. A price for every token would be subtracted here."""
@@ -583,12 +583,13 @@ def estimate_advantages(rollout: Rollout, cfg):
         same = (rollout.group[:, None] == rollout.group).float()                        # [B,B]
         better = sums - (same @ sums) / same.sum(dim=1)                                 # [B]
         deviation = ((same @ better.square()) / same.sum(dim=1)).sqrt()                 # [B]
-        better = better / (deviation + 1e-4)  # GRPO does this, others leave it out     # [B]
+        better = better / (deviation + 1e-4)  # only GRPO does this                     # [B]
         advantages = torch.where(rollout.mask, better[:, None], 0)                      # [B,T]
         return advantages, advantages  # without a critic, the returns are not used
 
-    --replies_per_prompt 4 makes the groups. (If a prompt is drawn twice, its group has 8.) With
-    --vf_coef 0 the critic learns nothing. Then ignore value_loss and explained_variance.
+    --replies_per_prompt 4 makes the groups (8, if a prompt is drawn twice). With --vf_coef 0 the
+    critic learns nothing: ignore value_loss and explained_variance. GRPO has KL in the loss (see
+    actor_loss). With KL in the rewards, as here, the deviation falls to 0 near the optimum.
     """
     return gae(rollout.rewards, rollout.values, rollout.mask, cfg.gamma, cfg.lam)
 
@@ -598,10 +599,10 @@ def actor_loss(log_probs, rollout: Rollout, cfg):
 
     KL in the loss would be added here: beta * masked_mean(0.5 * x ** 2, mask), with x = log_probs -
     rollout.ref_log_probs, set to 0 on padding. `assign_rewards` must then pass 0 in place of
-    cfg.kl_coef, or KL is paid twice (T6). Why not the mean of x, which is the KL? Its gradient is
-    the mean of grad log pi = grad pi / pi. Over tokens drawn from pi this is the sum of grad pi,
-    the gradient of sum(pi) = 1, which is 0. The gradient of 0.5 * x^2 is x * grad log pi, on
-    average that of KL(pi || pi_ref). GRPO's exp(-x) - 1 + x has that of KL(pi_ref || pi).
+    cfg.kl_coef, or KL is paid twice (T6). The gradient of 0.5 * x^2 is x * grad log pi, on average
+    that of the KL at this token. (In the reward, a token pays for later ones, too.) The mean of x
+    is the KL, but as a loss it does nothing: the gradient is sum(pi * grad log pi) = grad sum(pi)
+    = 0 on average. GRPO's exp(-x) - 1 + x has the gradient of KL(pi_ref || pi).
     """
     return policy_loss(log_probs, rollout.log_probs, rollout.advantages, rollout.mask, cfg.clip_eps)
 
@@ -613,8 +614,7 @@ def critic_loss(values, rollout: Rollout, cfg):
 
 # ---- Phase II: learn from the data, step 6 -------------------------------------------------------
 def ppo_loss(actor, rollout: Rollout, cfg):
-    """L = C_clip + c_V * C_V - c_ent * H of a minibatch -> loss, number of tokens, metrics.
-    If memory is small, `optimizer_step` takes it in pieces, weighted by their numbers of tokens."""
+    """L = C_clip + c_V * C_V - c_ent * H of a minibatch -> loss, number of tokens, metrics."""
     log_probs, values, logits = read_replies(actor, rollout, cfg.temperature)
     pg_loss, clip_fraction = actor_loss(log_probs, rollout, cfg)                 # C_clip
     v_loss = critic_loss(values, rollout, cfg)                                   # C_V
@@ -830,9 +830,9 @@ def normalize(model, replies: list[Reply]):
 def start_at_mean(actor, score_fn, prompts: list[str], cfg):
     """Let the critic begin at the mean score of a batch of replies, not at 0 (N5).
 
-    `run_stages` calls it before PPO for every --reward except `model`, whose mean is 0. If all
-    scores were far below 0, and the critic began at 0, then every token of the first batch would
-    have A_t < 0 and become less likely.
+    `run_stages` calls it before PPO for every --reward except `model`, whose mean is 0 (unless many
+    replies are cut off and pay the penalty). If all scores were far below 0, and the critic began
+    at 0, then every token of the first batch would have A_t < 0 and become less likely.
     """
     rng = reseed(cfg, "critic")
     asked = share(rng.choices(prompts, k=cfg.batch_size))
@@ -1105,7 +1105,8 @@ def worth_keeping(objectives: list[float], log: list[dict]) -> bool:
     """True if no earlier policy was clearly better than the one with these objectives.
 
     An earlier policy that is ahead by less than two standard errors may just have been lucky. Then
-    the later one is kept, because it learned for longer. The SFT model is not compared.
+    the later one is kept, because it learned for longer. The SFT model is not compared. If the
+    reward depends much on the prompt, the error is large, and the last policy is kept.
     """
     luck = 2 * pstdev(objectives) / math.sqrt(len(objectives))
     for earlier in log:
@@ -1132,7 +1133,7 @@ def explained_variance(rollout: Rollout) -> float:
     """1 - Var(G - V) / Var(G) over the real tokens. 1: perfect. 0: no better than a constant.
 
     V are the values of Phase I: what the critic said before it learned from these returns. A
-    constant error of V does not count.
+    constant error of V does not count. If lambda < 1, G contains V, and the number is too high.
     """
     _, unexplained = moments(rollout.returns - rollout.values, rollout.mask)
     _, total = moments(rollout.returns, rollout.mask)
@@ -1370,7 +1371,7 @@ def show_report(report: dict, tables: dict[str, list], prompts: list[str], cfg):
         say("\nTHE OPTIMUM: the best objective that any policy can have")
         if math.isnan(best["objective_error"]):
             say(f"J* is about {best['objective']:.3f}: the best replies were too rare among the "
-                "samples to say how far PPO came")
+                "samples to say how far PPO came; more samples: --report_batches")
         elif math.isnan(best["fraction"]):
             say(f"J* = {best['objective']:.3f}: SFT is there already")
         else:
