@@ -38,7 +38,7 @@ console_output_style = classic
 """
 
 # The list at the end of what pytest prints.
-CONFTEST = '''"""The last lines that pytest prints: one for each function."""
+CONFTEST = '''"""The list at the end of what pytest prints: a line for each function."""
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -74,11 +74,12 @@ docstring, and the docstring has the formula. Write the code. You need no articl
 
 4. A function that is wrong gets a message. If the mistake is a usual one, the message is a hint.
    If not, it shows a small example, with the numbers that are expected and yours.
-5. When all eight pass, the script runs again: `python ppo_rlhf.py`, in this folder. It takes less
-   than a minute (with loops over tokens, longer), and trains the models with your code.
+5. When all eight pass, the script runs again: `python ppo_rlhf.py`, in this folder. It takes about
+   a minute (with loops over tokens, longer), and trains the models with your code.
 
 Each function is graded alone, so you can begin where you like. The order goes from easy to hard:
-steps 2 to 6 in a row, the loss of the reward model, and sampling last. B to E are articles. You
+log-probs, then steps 2, 4, 5 and 6, the loss of the reward model, and sampling last. (Step 3, the
+critic, is given.) B to E are articles. You
 need none of them; `notes/guide.md`, in the repository, names them and explains the ids.
 
 | | function | id | in the articles | what it needs |
@@ -99,7 +100,8 @@ into the tensors that you are given. Losses and log-probs need a gradient: no `.
 replies, T tokens, V words in the vocabulary, N rankings, K replies in a ranking.
 
 Until you have solved everything, keep `homework_test.py`, the finished script (also as a page,
-`notes/annotated.html`) and `notes/staircase.md` closed: they contain the answers.
+`notes/annotated.html`), `notes/staircase.md` and the solutions of exercises 2 and 12 closed: they
+contain the answers.
 
 # 作业：PPO（RLHF）的八个函数
 
@@ -114,7 +116,7 @@ Until you have solved everything, keep `homework_test.py`, the finished script (
 
 4. 做错的函数会得到一段说明。如果是常见错误，说明就是提示；如果不是，会给出一个小例子，并列出应得的数和你的数。
    说明是英文的，句子都很短。其中 bootstrapping（自举）指的是：用 V(s_{t+1}) 代替后面还没有发生的奖励。
-5. 八个都通过以后，脚本又能运行了：在本文件夹里运行 `python ppo_rlhf.py`，不到一分钟，用你的代码训练出所有模型。
+5. 八个都通过以后，脚本又能运行了：在本文件夹里运行 `python ppo_rlhf.py`，大约一分钟，用你的代码训练出所有模型。
 
 每个函数单独评分，所以先做哪个都可以。下面的顺序由易到难。“E”“D”等是文章，编号见 `notes/guide.zh.md`。
 
@@ -133,7 +135,7 @@ Until you have solved everything, keep `homework_test.py`, the finished script (
 损失和对数概率要有梯度：不要用 `.item()` 和 `.detach()`。没有清空的函数可以调用，例如 `masked_mean`。形状里的 B 是回复数，T 是词元数，
 V 是词表大小，N 是排序数，K 是一个排序里的回复数。
 
-全部做完之前，请不要看 `homework_test.py`、完整的脚本和 `notes/staircase.md`，答案都在里面。公式的中文见网页
+全部做完之前，请不要看 `homework_test.py`、完整的脚本、`notes/staircase.md` 和练习 2、12 的答案，答案都在里面。公式的中文见网页
 `notes/annotated.zh.html`，但代码就在旁边，看时请遮住右边。
 """
 
