@@ -68,6 +68,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -731,6 +732,7 @@ def train_supervised(model, loss_fn, examples: list, batch_size: int, steps: int
         metrics = optimizer_step(model, optimizer, loss_fn, batch, cfg)
         losses.append(metrics["loss"])
         schedule.step()
+    optimizer.zero_grad()  # the gradients would fill memory up to the end of the run
     if losses:
         say(f"{stage}: {steps} steps, loss {mean(losses[-50:]):.3f}")
     return model
@@ -1095,7 +1097,7 @@ def replies_each(batches: int, prompts: list[str], cfg) -> int:
 def validate(actor, reference, score_fn, prompts: list[str], cfg) -> list[float]:
     """The objective r_RM - beta * KL of replies to prompts that PPO does not train on (L6)."""
     reseed(cfg, "validation")  # the same random numbers every time, so only the policy differs
-    prompts = prompts[:20]
+    prompts = some(prompts, 20)
     N = replies_each(cfg.eval_batches, prompts, cfg)
     table = evaluate(actor, reference, score_fn, prompts, N, cfg)
     return [line["objective"] for line in table]
@@ -1300,8 +1302,9 @@ def reward_model_quality(score_fn, sft, data: Data, cfg) -> dict[str, float]:
     tell an order and no points. Without rankings and human, both are NaN.
     """
     reseed(cfg, "reward model quality")
-    groups = data.held_out
-    prompts = [prompt for prompt in data.prompts["validation"][:20] if prompt in WORLD_PROMPTS]
+    groups = some(data.held_out, 500)
+    prompts = some(data.prompts["validation"], 20)
+    prompts = [prompt for prompt in prompts if prompt in WORLD_PROMPTS]
     if prompts and not groups:
         groups = sample_groups(sft, prompts, replies_each(cfg.eval_batches, prompts, cfg), cfg)
     alike, all_points, all_scores = [], [], []
@@ -1468,9 +1471,8 @@ def record_xray(cycle: int, actor, reference, score_fn, prompts: list[str], cfg,
         return
     reseed(cfg, "xray")  # the same random numbers every time, so only the policy differs
     lines = []
-    few = prompts[::max(1, len(prompts) // 4)][:4]
-    lines += xray_lines(cycle, sample_and_score(actor, reference, score_fn, few, cfg), {},
-                        actor.tokenizer, cfg)
+    rollout = sample_and_score(actor, reference, score_fn, some(prompts, 4), cfg)
+    lines += xray_lines(cycle, rollout, {}, actor.tokenizer, cfg)
     if batch:
         batch = batch[:2]
         extra = {"rho": ratios(actor, batch, cfg), "A used": batch.advantages}
@@ -1587,14 +1589,22 @@ def check(fine, message: str):
 
 
 @contextmanager
-def explain(message: str, *errors):
-    """Turn these errors into a UserError whose one line begins with `message`."""
+def explain(message: str, *errors, user_code=False):
+    """Turn these errors into a UserError whose one line begins with `message`.
+
+    user_code: it comes from the user's own code, so the line also tells where there.
+    """
     try:
         yield
     except (UserError, *errors) as error:
         name = "" if isinstance(error, UserError) else type(error).__name__ + ": "
         text = " ".join(str(error).split())[:300]
-        raise UserError(f"{message}: {name}{text}") from error
+        place = ""
+        for frame in traceback.extract_tb(error.__traceback__):
+            known = frame.filename == __file__ or frame.filename.startswith("<")
+            if user_code and not known and not place:
+                place = f" ({Path(frame.filename).name}, line {frame.lineno})"
+        raise UserError(f"{message}: {name}{text}{place}") from error
 
 
 # ---- Text to tokens ------------------------------------------------------------------------------
@@ -1677,7 +1687,18 @@ def read_own_data(tokenizer, cfg) -> dict[str, list[Line]]:
     for flag in OWN_DATA:
         path = getattr(cfg, flag)
         own[flag] = read_jsonl(path, flag, tokenizer) if path else []
+    if any(line.messages for lines in own.values() for line in lines):
+        warn_if_no_eos(tokenizer)
     return own
+
+
+def warn_if_no_eos(tokenizer):
+    """Warn if a chat template ends a reply with another mark than EOS, at which sampling stops."""
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    if not text.rstrip().endswith(tokenizer.eos_token):
+        say(f"warning: the chat template ends a reply with {text[-20:]!r} and not with EOS, "
+            f"{tokenizer.eos_token!r}; if replies do not end, see notes/use.md, Conversations")
 
 
 def read_jsonl(path: str, flag: str, tokenizer=None) -> list[Line]:
@@ -1982,6 +2003,9 @@ def load_data(own: dict[str, list[Line]], cfg) -> Data:
         demos = [reply for reply in demos if reply.text]
         check(demos, "all replies to imitate are empty")
     else:
+        if cfg.reward == "model" and not in_practice <= WORLD_PROMPTS.keys():
+            say("warning: the reward model learns from the built-in world, and knows nothing of "
+                "your prompts; give --preferences, or another --reward")
         rng = reseed(cfg, "texts")
         world = world_to_train_on(prompts)
         texts = write_texts(rng, world, PRETRAIN_MIX)
@@ -2101,21 +2125,25 @@ def load_reward(cfg, own: dict[str, list[Line]] | None = None):
     if cfg.reward == "human":
         return human_score
     file, _, name = cfg.reward.rpartition(":")
-    with explain(f"--reward {cfg.reward} is not model, human, file.py:function, the reward_model "
-                 "folder of a run, or a classifier", Exception, SystemExit):
-        if file.endswith(".py"):
+    if file.endswith(".py"):
+        with explain(f"--reward {cfg.reward} cannot be loaded", Exception, SystemExit,
+                     user_code=True):
             score_fn = getattr(load_module(Path(file)), name)
-        elif Path(cfg.reward, "heads.safetensors").is_file():
+        return with_columns(score_fn, own) if own else score_fn
+    with explain(f"--reward {cfg.reward} is not model, human, file.py:function, the reward_model "
+                 "folder of a run, or a classifier", Exception):
+        if Path(cfg.reward, "heads.safetensors").is_file():
             return frozen(load_model(RewardModel, Path(cfg.reward), cfg)).score
-        else:
-            return load_classifier(cfg)
-    return with_columns(score_fn, own) if own else score_fn
+        return load_classifier(cfg)
 
 
 def load_module(path: Path):
     """Run a Python file as a module of its folder. So it can import other files of the folder. If
     it starts processes, they can import it by its name."""
     name, path = path.stem, path.resolve()
+    program = getattr(sys.modules["__main__"], "__file__", None)
+    if program and Path(program).resolve() == path:
+        return sys.modules["__main__"]  # the program that called main: it runs already
     if name in sys.modules:
         check(getattr(sys.modules[name], "__file__", "") == str(path),
               "Python has a module of that name; rename it")
@@ -2137,6 +2165,7 @@ def load_classifier(cfg):
     tokenizer = AutoTokenizer.from_pretrained(cfg.reward)
     tokenizer.truncation_side = "left"  # of a long text, the reply must be seen
     tokenizer.model_max_length = min(tokenizer.model_max_length, positions_of(model))
+    model.to(cfg.device)  # with several processes, the pipeline would leave it on the CPU
     classify = pipeline("text-classification", model=model, tokenizer=tokenizer, device=cfg.device,
                         function_to_apply="none", truncation=True)
     last_label = model.config.id2label[model.config.num_labels - 1]
@@ -2214,8 +2243,8 @@ def ask_score_fn(score_fn, replies: list[Reply]) -> list[float]:
         "completions": list(completions),
         "finished": list(finished)}
     example = unique[0].text[:50]
-    with explain(f"--reward failed{WHERE[0]} on replies such as {example!r}", Exception,
-                 SystemExit), torch.no_grad(), random_numbers_of_its_own():
+    with explain(f"--reward failed{WHERE[0]} on replies such as {example!r}", Exception, SystemExit,
+                 user_code=True), torch.no_grad(), random_numbers_of_its_own():
         scores = call_by_name(score_fn, given)
         check(not isinstance(scores, (dict, set)),
               f"it returned a {type(scores).__name__}; give a list of numbers")
@@ -2318,6 +2347,8 @@ FIXED = {
     "sft": ["model", "n_layer", "n_embd", "n_head",
             "pretrain_steps", "sft_steps", "sft_lr", "demos"],
     "reward_model": ["preferences", "rankings", "label_noise", "rm_steps", "rm_lr"]}
+# What --resume may change, because the numbers stay the same, apart from rounding.
+FREE = ["device", "micro_batch_size", "save_every"]
 
 
 def refuse(message: str):
@@ -2350,7 +2381,7 @@ def parse_config(argv=None) -> Config:
             parser.set_defaults(**saved)
             parser.parse_args([])  # converts the saved texts as if they were typed
         if given.resume:
-            fixed = {name: x for name, x in saved.items() if name != "device"}
+            fixed = {name: x for name, x in saved.items() if name not in FREE}
         for folder, names in FIXED.items():
             if (run / folder).is_dir():
                 fixed.update({name: saved[name] for name in names})
@@ -2394,10 +2425,14 @@ def check_config(cfg: Config):
     check(cfg.reward != "model" or cfg.preferences or not cfg.demos,
           "--demos without --preferences leave the reward model nothing to learn from; add them, "
           "or another --reward")
-    with explain(f"--device {cfg.device} cannot be used; try --device cpu",
-                 RuntimeError, AssertionError, TypeError):
+    check(WORLD == 1 or cfg.device in ("cpu", "cuda"),
+          "with torchrun, leave --device out: every process takes a GPU of its own")
+    with explain(f"--device {cfg.device} cannot be used; try --device cpu, or fewer processes",
+                 RuntimeError, AssertionError, AttributeError, TypeError):
         if WORLD > 1 and cfg.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # from now on "cuda" is this one
+        elif cfg.device.startswith("cuda:"):
+            torch.cuda.set_device(cfg.device)
         torch.zeros(1, dtype=torch.double, device=cfg.device).item()
 
 
@@ -2408,6 +2443,11 @@ def chunks(items, size: int):
     """A list or a rollout in pieces of at most `size`."""
     for start in range(0, len(items), size):
         yield items[start:start + size]
+
+
+def some(items: list, count: int) -> list:
+    """At most `count` of the items, from everywhere in the list: a file may be sorted."""
+    return items[::max(1, len(items) // count)][:count]
 
 
 def repeat_each(items: list, count: int) -> list:
@@ -2575,8 +2615,9 @@ def cycles_to_do(training: dict, log: list[dict], cfg):
     the cycles since the last save, bit for bit, because each has a random stream of its own.
     """
     path = Path(cfg.out) / "state.pt"
-    # A resumed run may be in another folder and on another device: these are not compared.
-    settings = dict(asdict(cfg), out="", resume="", device="", files=fingerprints(cfg))
+    settings = dict(asdict(cfg), out="", resume="", files=fingerprints(cfg))
+    for name in FREE:
+        del settings[name]
     first = 0
     if cfg.resume and path.exists():
         with explain(f"{path} is damaged or not of this run; without it, PPO would begin anew",
@@ -2779,7 +2820,8 @@ def modules_forgotten():
 def command(argv, *flags: str) -> str:
     """How to call this script with these flags, in the way in which it was called."""
     if argv is None:
-        return shlex.join(["python", sys.argv[0], *flags])
+        start = ["torchrun", "--nproc-per-node", str(WORLD)] if WORLD > 1 else ["python"]
+        return shlex.join([*start, sys.argv[0], *flags])
     return f"main({list(flags)})"
 
 
@@ -2805,7 +2847,7 @@ def run_stages(argv, cfg, start: float):
     if not score_fn:
         reward_model = run_stage("reward_model", RewardModel, seconds, cfg, train_reward_model,
                                  sft, data)
-        score_fn = frozen(reward_model).score
+        score_fn = reward_model.requires_grad_(False).score
     reference, policy = frozen(sft), sft  # PPO trains sft in place; the reference is its copy
     quality = reward_model_quality(score_fn, reference, data, cfg)
     if cfg.reward != "model":  # the reward model's scores have mean 0 already
@@ -2814,7 +2856,7 @@ def run_stages(argv, cfg, start: float):
     log = train_ppo(policy, reference, score_fn, data.prompts, cfg)
     save_model(policy, Path(cfg.out) / "policy")
 
-    test = data.prompts["test"][:20]
+    test = some(data.prompts["test"], 20)
     models = {"pretrained": pretrained, "sft": reference, "ppo": policy}
     report, tables = compare_models(models, score_fn, test, cfg)
     say(xray(sample_and_score(policy, reference, score_fn, test[:1], cfg), policy.tokenizer, cfg))
@@ -2833,6 +2875,10 @@ if __name__ == "__main__":
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError:
+        print("error: the GPU's memory is full; lower --micro_batch_size (also with --resume) or, "
+              "in a new run, --batch_size", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

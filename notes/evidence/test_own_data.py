@@ -119,8 +119,38 @@ def test_with_own_prompts_alone_the_human_ranks_replies_to_prompts_that_it_knows
     assert len(judged) >= 48 and not any(math.isnan(points) for points in judged[:48])
     shown = capsys.readouterr().out
     assert "nan" not in shown.lower() and "as the human does" not in shown
+    assert shown.count("the reward model learns from the built-in world, and knows nothing") == 1
     report = json.loads((tmp_path / "run/report.json").read_text())
     assert report["reward_model"] == {"accuracy": None, "correlation": None}
+
+
+@pytest.mark.parametrize("flags, warned", [
+    ([], True), (["--reward", "rewards.py:length"], False), (["--preferences"], False)])
+def test_a_warning_says_that_the_reward_model_does_not_know_own_prompts(
+        flags, warned, own_files, capsys):
+    if flags == ["--preferences"]:
+        flags = flags_of(own_files, flags)
+    cfg = small_config(*flags, *flags_of(own_files, ["--prompts"]))
+    ppo.load_data(read_own(cfg), cfg)
+    assert ("knows nothing of your prompts" in capsys.readouterr().out) == warned
+
+
+def test_prompts_of_the_world_in_a_file_of_their_own_bring_no_warning(tmp_path, capsys):
+    lines = [{"prompt": prompt} for prompt in list(ppo.WORLD_PROMPTS)[:22]]
+    cfg = small_config("--prompts", write_jsonl(tmp_path / "some.jsonl", lines))
+    ppo.load_data(read_own(cfg), cfg)
+    assert "warning" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mark, warned", [("{{ eos_token }}\n", False), ("<end>", True)])
+def test_a_chat_template_that_does_not_end_a_reply_with_eos_is_named_once(
+        mark, warned, world, tmp_path, capsys):
+    tokenizer = with_chat_template(copy.deepcopy(world[1].tokenizer))
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{ eos_token }}", mark)
+    lines = [{"prompt": [{"role": "user", "content": word}]} for word in ("a", "b")]
+    cfg = small_config("--prompts", write_jsonl(tmp_path / "chat.jsonl", lines))
+    ppo.read_own_data(tokenizer, cfg)
+    assert capsys.readouterr().out.count("ends a reply with") == warned
 
 
 def test_every_file_of_the_chinese_example_can_be_read():

@@ -156,6 +156,46 @@ def test_validation_and_report_of_a_run_have_the_sizes_that_the_flags_say(run, t
     assert counts["report"] == report + 1 and report <= 3 * 96  # and the X-ray of one reply
 
 
+def test_the_gradients_of_a_finished_stage_fill_no_memory(world):
+    replies = [ppo.Reply(prompt, "a", True) for prompt in world[3]]
+    model = ppo.finetune(world[1], replies, small_config("--sft_steps", "2"))
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("length, count, first_two, last", [
+    (3, 20, [0, 1], 2), (39, 20, [0, 1], 19), (40, 20, [0, 2], 38), (1000, 20, [0, 50], 950)])
+def test_some_items_come_from_everywhere_in_the_list(length, count, first_two, last):
+    chosen = ppo.some(list(range(length)), count)
+    assert chosen[:2] == first_two and chosen[-1] == last and len(chosen) == min(length, count)
+
+
+def test_validation_asks_prompts_from_everywhere_in_a_sorted_file(world, monkeypatch):
+    _, actor, reward_model, _ = world
+    asked = []
+
+    def remember(actor, reference, score_fn, prompts, N, cfg):
+        asked.append(prompts)
+        return []
+
+    monkeypatch.setattr(ppo, "evaluate", remember)
+    prompts = [f"{number:03}" for number in range(200)]
+    ppo.validate(actor, actor, reward_model.score, prompts, small_config())
+    assert asked == [[f"{number:03}" for number in range(0, 200, 10)]]
+
+
+def test_at_most_500_held_out_rankings_measure_the_reward(world, monkeypatch):
+    groups = [[ppo.Reply(str(number), text, True) for text in ("a", "b")] for number in range(1100)]
+    data = ppo.Data({"train": [], "validation": [], "test": []}, [], [], [], groups)
+    asked = []
+
+    def score(prompts, completions):
+        asked.append(int(prompts[0]))
+        return [2.0 if text == "a" else 1.0 for text in completions]
+
+    assert ppo.reward_model_quality(score, world[1], data, small_config())["accuracy"] == 1
+    assert asked == list(range(0, 1000, 2))
+
+
 def test_with_an_own_model_validation_and_report_together_are_small_beside_the_training():
     """A reply that is only sampled costs about a third of one that PPO also learns from."""
     cfg = ppo.parse_config(["--model", "gpt2"])

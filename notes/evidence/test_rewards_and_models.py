@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import sys
+import types
 from contextlib import nullcontext
 
 import pytest
@@ -38,6 +39,28 @@ def test_a_function_in_a_file_is_a_reward(run, tmp_path):
     assert all(math.isfinite(float(row["reward"])) for row in read_metrics(out))
     report = json.loads((out / "report.json").read_text())
     assert math.isfinite(report["ppo"]["reward"])
+
+
+@pytest.mark.parametrize("text, place", [
+    ("import json\ndef score(completions):\n    return json.loads('{')\n", "(my_own.py, line 3)"),
+    ("x = 1\nopen('no such file')\n", "(my_own.py, line 2)")])
+def test_a_mistake_in_a_reward_is_named_with_the_line_of_the_users_file(text, place, tmp_path):
+    (tmp_path / "my_own.py").write_text(text)
+    with pytest.raises(ppo.UserError) as error, ppo.modules_forgotten():
+        score_fn = ppo.load_reward(small_config("--reward", f"{tmp_path}/my_own.py:score"))
+        ppo.ask_score_fn(score_fn, [ppo.Reply("a", "b", True)])
+    assert place in str(error.value) and "is not model" not in str(error.value)
+
+
+def test_a_reward_in_the_program_that_calls_main_does_not_run_it_again(tmp_path, monkeypatch):
+    path = tmp_path / "my_ppo.py"
+    path.write_text("raise SystemExit('it runs a second time')\n")
+    program = types.ModuleType("__main__")
+    program.__file__ = str(path)
+    program.score = lambda completions: [2.0] * len(completions)
+    monkeypatch.setitem(sys.modules, "__main__", program)
+    score_fn = ppo.load_reward(small_config("--reward", f"{path}:score"))
+    assert ppo.ask_score_fn(score_fn, [ppo.Reply("a", "b", True)]) == [2.0]
 
 
 @pytest.mark.parametrize("signature, names", [

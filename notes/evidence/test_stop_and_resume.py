@@ -562,3 +562,15 @@ def test_preferences_that_sft_imitated_cannot_be_exchanged(run, tmp_path):
     (copied / "config.json").write_text(json.dumps(dict(config, preferences="p.jsonl")))
     with pytest.raises(ppo.UserError, match="--preferences is p.jsonl"):
         ppo.parse_config(["--init_from", str(copied), "--preferences", "q.jsonl"])
+
+
+def test_a_run_can_go_on_with_smaller_micro_batches_and_no_other_setting(run, tmp_path):
+    """If the memory was full, this is what helps."""
+    out = tmp_path / "run"
+    shutil.copytree(run, out)
+    (out / "report.json").unlink()
+    ppo.main(["--resume", str(out), "--micro_batch_size", "3", "--save_every", "1"])
+    before, after = [json.loads((folder / "report.json").read_text()) for folder in (run, out)]
+    assert after["ppo"]["length"] == pytest.approx(before["ppo"]["length"], abs=2)
+    with pytest.raises(ppo.UserError, match="--gamma is"):
+        ppo.main(["--resume", str(out), "--gamma", "0.5"])

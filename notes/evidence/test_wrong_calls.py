@@ -1,4 +1,5 @@
 """A call that cannot work is one line that says why, and it writes nothing and takes no time."""
+import runpy
 import subprocess
 import sys
 import time
@@ -225,6 +226,32 @@ def test_a_wrong_call_says_so_in_one_line_and_writes_nothing(call, wrong, run, t
     assert not list(tmp_path.iterdir()) and snapshot(wrong, run) == before
     assert "pretraining:" not in capsys.readouterr().out
     assert time.process_time() - start < 10
+
+
+def test_full_memory_of_the_gpu_is_one_line_that_says_what_to_lower(tmp_path, monkeypatch, capsys):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", full)
+    monkeypatch.setattr(sys, "argv", ["ppo_rlhf.py", *TINY, "--out", str(tmp_path / "run")])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(HERE / "ppo_rlhf.py"), run_name="__main__")
+    assert stop.value.code == 2
+    assert "lower --micro_batch_size" in capsys.readouterr().err
+
+
+def test_with_several_processes_no_gpu_can_be_named(monkeypatch):
+    monkeypatch.setattr(ppo, "WORLD", 2)
+    with pytest.raises(ppo.UserError, match="leave --device out"):
+        ppo.parse_config(["--device", "cuda:0"])
+
+
+def test_the_command_to_go_on_starts_as_many_processes(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["ppo_rlhf.py"])
+    assert ppo.command(None, "--resume", "a b") == "python ppo_rlhf.py --resume 'a b'"
+    monkeypatch.setattr(ppo, "WORLD", 2)
+    assert ppo.command(None, "--resume", "a") == (
+        "torchrun --nproc-per-node 2 ppo_rlhf.py --resume a")
 
 
 @pytest.mark.parametrize("call", ["--reward F/rewards.py:two_lines", *(
