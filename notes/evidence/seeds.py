@@ -1,6 +1,7 @@
 """The default run with many seeds: how much of the optimum it reaches, how good its replies are for the human, its KL.
 
-    python notes/evidence/seeds.py                           # seeds 0 to 19, about a minute each on two cores
+    python notes/evidence/seeds.py                           # seeds 0 to 19, about a minute each
+    python notes/evidence/seeds.py --seeds 100 --jobs 2      # those of trust.md
     python notes/evidence/seeds.py --seeds 5 --jobs 2        # fewer; two at a time, each on one thread
 
 Runs that --folder holds already are not repeated. Prints the tables of notes/evidence/trust.md.
@@ -51,8 +52,11 @@ def main():
     for seed, row in enumerate(zip(*table.values())):
         print(f"| {seed} | " + " | ".join(f"{x:#.3g}" for x in row) + " |")
     for name, statistic in (("minimum", min), ("median", median), ("maximum", max)):
-        print(f"| **{name}** | " + " | ".join(f"{statistic(column):#.3g}" for column in table.values()) + " |")
-    print(f"\n{sum(x < 0.98 for x in table['fraction'])} of {len(reports)} seeds below 98% of the optimum")
+        known = [[x for x in column if x == x] for column in table.values()]  # without NaN
+        print(f"| **{name}** | " + " | ".join(f"{statistic(column):#.3g}" for column in known) + " |")
+    fractions = [x for x in table["fraction"] if x == x]
+    print(f"\n{sum(x >= 0.98 for x in fractions)} of {len(fractions)} seeds at 98% of the optimum or above; "
+          f"{len(reports) - len(fractions)} without a fraction: too few effective samples")
 
 
 if __name__ == "__main__":
