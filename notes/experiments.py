@@ -628,7 +628,8 @@ def work(job):
             ppo.main([*start, *flags, "--device", "cpu", "--out", str(out)])
             vars(ppo).update(vars(own))
             record |= {"report": json.loads((out / "report.json").read_text()),
-                       "curve": read_curve(out / "metrics.csv"), "text_loss": text_loss(out / "policy")}
+                       "curve": read_curve(out / "metrics.csv"),
+                       "text_loss": text_loss(out / ("sft" if name == "base" else "policy"))}
             if name == "base":
                 os.replace(out, base)
         except ppo.UserError as error:
@@ -857,6 +858,7 @@ def draw(results, curves):
 # ======================================================================================================================
 INTRODUCTION = """<!-- numbers: {source} -->
 # Experiments: what the articles claim, and what is seen here
+<!-- numbers: above; arithmetic {predictions} 512 (counted, a setting) -->
 
 Made by `notes/experiments.py` from {runs} runs, {minutes} minutes on one thread in all. All variants start from the
 same SFT and reward model (one pair per seed, {seeds} seeds) and repeat only PPO, in 30 cycles. A variant is made of
@@ -883,14 +885,18 @@ may still hold for large ones.
 
 """
 # After new runs, say here of which version of the script they are, and which record has them. Then `write`.
-SOURCE = "no record, 2026-11-22, measured with the versions of that day and before"
-VERSION = """All figures on this page are of the versions before the redesign of the script (November 22
-and older). No run has been repeated since. In these versions J* was estimated from 2,000 replies of the SFT model
-alone. This estimate is coarser than the present one, which takes half of the replies from the trained policy, and it
-errs on the low side. So a fraction on this page may be a little too high, by the same share in all variants of a seed;
-the differences between variants hardly depend on it. The runs are also older than one change of PPO itself: its Adam
-had the usual constants (0.9, 0.999; 1e-8), not the present ones (0.9, 0.95; 1e-5), which make long steps rarer.
-[trust.md](evidence/trust.md) compares the two."""
+SOURCE = "experiments"
+VERSION = """All runs are of December 1, with the present script, on two cores of an AMD EPYC
+processor. J* of a seed comes from its base run: 512 replies of its policy and 512 of the reference to each test prompt.
+
+An earlier version of this page (November 22) had a coarser J*, Adam's usual constants, and no entropy in the loss.
+Fourteen verdicts are different now. Seen now and not then: unclipped updates with a large learning rate, dropout, a
+large learning rate's swing and temperature 1 do harm; whitened rewards, and both whitened, change the fraction (for
+the worse); a critic from the reward model explains more at first; whitened advantages change nothing; the KL target of
+1 is kept. Seen then and not now: PPO on a blind reward model is worse for the human; the critic as a model of its own
+changes nothing; 0.1 and 0.5 as weight of a shared critic's loss, two epochs, and batches of 32 change the fraction."""
+# Numbers in the text of a topic that were not measured: settings, and what the articles say.
+TYPED = {"cycles": "60", "labels": "30,000 50,000 2200", "kl_in_loss": "120", "stability": "64"}
 SIGNS = {"<": "below", ">": "above", "=": "as", "!": "unlike"}
 
 
@@ -917,13 +923,17 @@ def page(lines, figures):
     judgements = [[topic.ids, *row] for topic in TOPICS.values() for row in judged(topic, results)]
     yield INTRODUCTION.format(predictions=len(judgements), version=VERSION, source=SOURCE, **totals)
     counts = Counter(row[-1] for row in judgements)
-    yield "## All verdicts\n\n" + ", ".join(f"{count} times {name}" for name, count in counts.most_common()) + ".\n\n"
+    counted = " ".join(str(count) for count in counts.values() if count >= 10)
+    yield f"## All verdicts\n<!-- numbers: above; arithmetic {counted} (counted) -->\n\n"
+    yield ", ".join(f"{count} times {name}" for name, count in counts.most_common()) + ".\n\n"
     yield table(["ids", "expected", "difference", "verdict"], judgements)
     yield "\n![Every variant's difference from the default](figures/overview.png)\n"
     for key, topic in TOPICS.items():
         rows = [name for name in dict.fromkeys([*topic.beside.split(), *topic.variants])
                 if any(seeds_of(results, name, measure) for measure in topic.measures.split())]
-        yield f"\n## {topic.title} ({topic.ids})\n\n{topic.claim}\n\n    python notes/experiments.py run {key}\n\n"
+        typed = f"<!-- numbers: above; arithmetic {TYPED[key]} (settings, quoted) -->\n" if key in TYPED else ""
+        yield f"\n## {topic.title} ({topic.ids})\n{typed}\n{topic.claim}\n\n"
+        yield f"    python notes/experiments.py run {key}\n\n"
         yield table(["", *topic.measures.split()], ([name, *(cell(results, name, x) for x in topic.measures.split())]
                                                     for name in rows))
         yield f"\n{table(['expected', 'difference', 'verdict'], judged(topic, results))}\n{topic.note}\n"

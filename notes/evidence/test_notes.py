@@ -14,6 +14,7 @@ from dataclasses import asdict
 import pytest
 
 import ppo_rlhf as ppo
+import record
 from helpers import ONE_THREAD, snapshot
 from test_ppo_rlhf import HERE, TINY, read_metrics, slow
 
@@ -428,6 +429,15 @@ def test_the_experiments_page_holds_every_topic_prediction_and_variant():
             row = f"| {measure} of {name} {script['SIGNS'][sign]} {other} | "
             assert row in section
             assert row in sections["All verdicts"].replace(f"| {topic.ids} ", "")
+
+
+def test_the_experiments_page_is_what_the_program_makes_of_its_record():
+    script = runpy.run_path(str(NOTES / "experiments.py"))
+    printed, _ = record.read("experiments", HERE)
+    lines = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
+    assert lines[0]["runs"] == 5 + 5 * len({*script["VARIANTS"]} - {"base", "value_clip"})
+    figures = {path.stem for path in (NOTES / "figures").glob("*.png")}
+    assert "".join(script["page"](lines, figures)) == read(NOTES / "experiments.md")
 
 
 def test_the_curves_are_drawn(run, tmp_path):
