@@ -20,8 +20,6 @@ SCRIPT = Path(__file__).resolve().parents[2] / "ppo_rlhf.py"
 SETTINGS = {
     "as it is": {},
     "one thread": {"OMP_NUM_THREADS": "1"},
-    "GOMP_SPINCOUNT=100": {"GOMP_SPINCOUNT": "100"},
-    "GOMP_SPINCOUNT=10000": {"GOMP_SPINCOUNT": "10000"},
     "GOMP_SPINCOUNT=300000, the library's own": {"GOMP_SPINCOUNT": "300000"}}
 
 
