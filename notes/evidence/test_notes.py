@@ -474,6 +474,7 @@ def test_a_curve_that_cannot_be_drawn_says_why_in_one_line(missing, says, tmp_pa
 # ==================================================================================================
 # Talking to the models
 # ==================================================================================================
+@slow
 def test_talk_shows_a_reply_of_each_model_to_every_line_of_a_pipe(run):
     """Whatever bytes they are: a line of Windows, not UTF-8, empty, very long, without an end."""
     lines = [b"I feel sad. What can I do?\n", b"hello\r\n", b"caf\xe9 \xff\xfe\n", b"\n",

@@ -254,9 +254,9 @@ def test_the_command_to_go_on_starts_as_many_processes(monkeypatch):
         "torchrun --nproc-per-node 2 ppo_rlhf.py --resume a")
 
 
-@pytest.mark.parametrize("call", ["--reward F/rewards.py:two_lines", *(
-    pytest.param(call, marks=slow)
-    for call in ["--gamma 2", "--cycle 3", "--prompts F/half.jsonl", "--resume F/no_run"])])
+@slow
+@pytest.mark.parametrize("call", ["--reward F/rewards.py:two_lines", "--gamma 2", "--cycle 3",
+                                  "--prompts F/half.jsonl", "--resume F/no_run"])
 def test_a_wrong_command_exits_with_2_and_one_line(call, wrong, run, tmp_path):
     flags = flags_of_call(call, wrong, run, tmp_path)
     done = subprocess.run([sys.executable, HERE / "ppo_rlhf.py", *flags], capture_output=True,
