@@ -18,7 +18,7 @@ import torch.nn.functional as F
 import ppo_rlhf as ppo
 from helpers import ONE_THREAD
 from ppo_rlhf import masked_mean
-from test_ppo_rlhf import HERE, TINY
+from test_ppo_rlhf import HERE, TINY, slow
 
 sys.path.insert(0, str(HERE / "notes"))
 import homework
@@ -723,6 +723,7 @@ def test_only_a_new_or_empty_folder_is_written_to(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
+@slow
 def test_a_student_who_has_begun_sees_green_hints_and_what_is_left(tmp_path):
     """gae is graded with the grader's td_residuals, so it passes although that one is empty."""
     write_homework(tmp_path)
@@ -739,6 +740,7 @@ def test_a_student_who_has_begun_sees_green_hints_and_what_is_left(tmp_path):
     assert "Traceback" not in output and "homework_test.py:" not in output.replace("test.py::", "")
 
 
+@slow
 def test_a_solved_folder_is_green_and_its_script_trains(tmp_path):
     write_homework(tmp_path)
     for name in grader.HOMEWORK:
