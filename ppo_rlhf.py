@@ -2290,7 +2290,8 @@ class Config(PPOConfig):
     save_every: int = HfArg(default=10, help=(
         "Save after this many cycles of PPO, for --resume."))
     resume: str = HfArg(default="", help=(
-        "Folder of a run that was stopped. It goes on where it was last saved."))
+        "Folder of a run that was stopped. It goes on where it was last saved. Of its other flags "
+        "only device, micro_batch_size and save_every may be changed."))
     init_from: str = HfArg(default="", help=(
         "Folder of an earlier run. Its settings and models are taken; only PPO is repeated."))
     # Data and models
@@ -2446,7 +2447,8 @@ def chunks(items, size: int):
 
 
 def some(items: list, count: int) -> list:
-    """At most `count` of the items, from everywhere in the list: a file may be sorted."""
+    """At most `count` of the items. If there are twice as many or more, they are spread over the
+    whole list, because a file may be sorted."""
     return items[::max(1, len(items) // count)][:count]
 
 

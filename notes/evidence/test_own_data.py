@@ -585,8 +585,7 @@ def test_replies_that_became_equal_are_no_ranking_any_more(world):
 
 
 @slow
-@pytest.mark.parametrize("word", [
-    "one two.\n", "天", "word ", "w", " "])
+@pytest.mark.parametrize("word", ["one two.\n", "天", "word ", "w", " "])
 def test_a_line_of_ten_megabytes_is_cut_within_seconds(word, tmp_path, monkeypatch):
     text = word * (10_000_000 // len(word.encode()))
     line = {"prompt": text + "?", "completion": text, "chosen": "Good. " + text,
