@@ -378,7 +378,7 @@ def small_examples():
         followed, = gradients(z, (log_pi.exp() * kl).detach() @ log_pi)
         return (log_pi.exp() @ kl - true_kl).abs().item(), ((followed - wanted).norm() / wanted.norm()).item()
 
-    no_score, all_real = torch.zeros(1), torch.ones(1, 12, dtype=torch.bool)
+    no_score, all_real = torch.zeros(1, dtype=torch.double), torch.ones(1, 12, dtype=torch.bool)
     ours = errors(-ppo.token_rewards(log_pi[None], log_ref[None], no_score, all_real, kl_coef=1.0)[0])
     for estimator in "k1", "k3":
         found = errors(execute(KL, args=Names(kl_estimator=estimator), ref_logprobs=log_ref, logprobs=log_pi).kl)
@@ -398,8 +398,9 @@ def small_examples():
 
 # ---- Part 3: a real PPOTrainer beside our models ---------------------------------------------------------------------
 WORDS = {"<pad>": PAD, "<eos>": EOS, "<unk>": 2} | {f"w{i}": i for i in range(3, 24)}
-CFG = ppo.Config(device="cpu", kl_coef=0.05, missing_eos_penalty=1.0, vf_coef=0.1, max_grad_norm=1e9, ppo_epochs=1,
-                 minibatches=1, whiten_advantages=True, lam=1.0)
+# TRL's loss has no entropy, so ours has none here.
+CFG = ppo.Config(device="cpu", kl_coef=0.05, missing_eos_penalty=1.0, vf_coef=0.1, ent_coef=0, max_grad_norm=1e9,
+                 ppo_epochs=1, minibatches=1, whiten_advantages=True, lam=1.0)
 FOLDER = tempfile.TemporaryDirectory()  # TRL wants one
 
 
