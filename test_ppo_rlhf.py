@@ -1898,6 +1898,31 @@ def test_learning_rates_follow_their_schedules(world, monkeypatch):
     assert critic_rates == pytest.approx([0.1, 0.075, 0.05, 0.025])
 
 
+def test_every_step_of_a_stage_and_every_cycle_of_ppo_draws_anew(world, monkeypatch):
+    _, actor, _, prompts = world
+    batches, drawn, sampled = [], [], []
+
+    def loss(model, batch, cfg):
+        batches.append(tuple(batch))
+        return model.head[-1].bias.sum(), torch.tensor(1), {}
+
+    def collect(*args):
+        drawn.append(tuple(args[3]))
+        rollout = original(*args)
+        sampled.append(tuple(rollout.replies))
+        return rollout
+
+    ppo.train_supervised(copy.deepcopy(actor), loss, list(range(100)), 4, 6, 0.1, "test",
+                         small_config())
+    assert len(set(batches)) == 6
+    original = ppo.collect_rollout
+    monkeypatch.setattr(ppo, "collect_rollout", collect)
+    splits = {"train": prompts, "validation": prompts[:1]}
+    ppo.train_ppo(copy.deepcopy(actor), ppo.frozen(actor), ppo.human_score, splits,
+                  small_config("--cycles", "4"))
+    assert len(set(drawn)) == len(set(sampled)) == 4
+
+
 # ---- Which policy is kept (L6) -------------------------------------------------------------------
 @pytest.mark.parametrize("last, kept", [([2.0, 2.0], 1), ([2.4, 2.6], 1), ([1.0, 4.0], 2),
                                         ([3.0, 3.0], 2)])
