@@ -1,6 +1,6 @@
 """Would the tests notice a bug? Put small bugs into a copy of ppo_rlhf.py, one at a time, and run the tests on each.
 
-    python notes/evidence/mutations.py                    # all of BUGS: one to two hours on one core
+    python notes/evidence/mutations.py                    # all of BUGS: about two hours on one core
     python notes/evidence/mutations.py --jobs 4           # four at a time
     python notes/evidence/mutations.py --only detach      # those with this in their name
     python notes/evidence/mutations.py --check            # no tests: does every entry of BUGS fit the script?

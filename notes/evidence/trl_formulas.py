@@ -220,9 +220,12 @@ def phase_two(c, p, reply_ids, mask):
         unbiased = ppo.whiten(p.advantages, mask)
     yield "whitened advantages", advantages, ppo.whiten(p.advantages, mask), unbiased
 
-    m = execute(MICRO_BATCH, p, args=c.loss, advantages=advantages, micro_batch_inds=torch.arange(c.B), model=None,
-                forward=lambda *_: (Names(logits=c.logits * 1), c.new_values.unsqueeze(-1)), query_responses=c.spoken,
-                context_length=c.P)
+    def micro_batch(args):
+        return execute(MICRO_BATCH, p, args=args, advantages=advantages, micro_batch_inds=torch.arange(c.B), model=None,
+                       forward=lambda *_: (Names(logits=c.logits * 1), c.new_values.unsqueeze(-1)),
+                       query_responses=c.spoken, context_length=c.P)
+
+    m = micro_batch(c.loss)
     # A constant added to all logits changes no entropy, but TRL's form of it loses digits unless the largest is near 0.
     s = execute(STATISTICS, m, logits=m.logits - m.logits.amax(dim=-1, keepdim=True))
 
@@ -242,6 +245,9 @@ def phase_two(c, p, reply_ids, mask):
               for part in (mask, ~p.padding_mask_p1)]
     yield "value loss, clipped", m.vf_loss, *losses
     yield "value loss, gradient by the values", *gradients(c.new_values, m.vf_loss, *losses)
+    free = micro_batch(Names(**vars(c.loss) | {"cliprange_value": 1e9}))  # so far that nothing is clipped
+    losses = [ppo.value_loss(values, p.returns, part) for part in (mask, ~p.padding_mask_p1)]
+    yield "value loss, not clipped", free.vf_loss, *losses
 
     e = execute(MEAN_ENTROPY, entropy=s.entropy, entropy_stats=torch.zeros(1, 1, 1, dtype=c.values.dtype),
                 ppo_epoch_idx=0, minibatch_idx=0, gradient_accumulation_idx=0)
@@ -273,6 +279,7 @@ REASONS = {  # for every line that differs on purpose
     "log-probs": "logits / (temperature + 1e-7); ours / temperature",
     "value loss, clipped": "that step is in the mean too",
     "value loss, gradient by the values": "that step",
+    "value loss, not clipped": "that step is in the mean too",
     "mean entropy": "TRL's metric averages over the padding too",
 }
 FAULTS = []  # what should have agreed, or been explained, and was not
